@@ -1,0 +1,46 @@
+# The same steps without make (Windows): see README.md. Each target installs into .venv first if that is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a test process (two that spin on the same cores are many times slower), and no network.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=agg
+# What `make test-full` adds: cells and tests marked slow, and those marked gpu where there is one.
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full docs lab prepare install clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed ## fine-tune the embedded model, compare it with its base, answer three questions
+	$(BIN)/qlora demo
+
+test: $(VENV)/.installed ## the notebooks match the package, every notebook's tests, then tests/ (no network, no GPU)
+	$(TEST_ENV) $(BIN)/python .ci/prepare.py --check
+	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(TEST_ENV) $(BIN)/python -m pytest tests -q -m "not slow and not gpu"
+
+test-full: $(VENV)/.installed ## the same with everything marked slow, and gpu where there is one
+	$(TEST_ENV) $(BIN)/python .ci/prepare.py --check
+	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --do_print --flags "slow $(GPU)"
+	$(TEST_ENV) $(BIN)/python -m pytest tests -q -m "$(if $(GPU),slow or not slow,not gpu)"
+
+docs: $(VENV)/.installed ## the docs site, into _docs/
+	$(TEST_ENV) $(BIN)/python .ci/docs.py site
+
+lab: $(VENV)/.installed ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+prepare: $(VENV)/.installed ## after editing a notebook: export, clean, README.md, copies
+	$(TEST_ENV) $(BIN)/python .ci/prepare.py
+
+install: $(VENV)/.installed ## .venv with exactly the tested versions
+
+$(VENV)/.installed: requirements.txt setup.py settings.ini
+	@$(PYTHON) .ci/install.py
+
+clean: ## remove build outputs and caches; runs/ and .venv stay
+	rm -rf _proc _docs build dist *.egg-info nbs/sidebar.yml nbs/.last_checked .pytest_cache
+	find . -name .venv -prune -o -name runs -prune -o -name .git -prune \
+		-o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
