@@ -11,20 +11,20 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 .PHONY: help demo test test-full docs lab prepare install clean
 
 help: ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.installed ## fine-tune the embedded model, compare it with its base, answer three questions
-	$(BIN)/qlora demo
+demo: $(VENV)/.installed ## fine-tune, measure and ask the embedded model (ARGS=--again: once more from the start)
+	$(BIN)/qlora demo $(ARGS)
 
-test: $(VENV)/.installed ## the notebooks match the package, every notebook's tests, then tests/ (no network, no GPU)
+test: $(VENV)/.installed ## the notebooks match the package, each one's tests pass, then tests/ (no network, no GPU)
 	$(TEST_ENV) $(BIN)/python .ci/prepare.py --check
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(TEST_ENV) $(BIN)/python -m pytest tests -q -m "not slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest tests -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-full: $(VENV)/.installed ## the same with everything marked slow, and gpu where there is one
 	$(TEST_ENV) $(BIN)/python .ci/prepare.py --check
 	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --do_print --flags "slow $(GPU)"
-	$(TEST_ENV) $(BIN)/python -m pytest tests -q -m "$(if $(GPU),slow or not slow,not gpu)"
+	$(TEST_ENV) $(BIN)/python -m pytest tests -q -n 2 --dist loadfile -m "$(if $(GPU),slow or not slow,not gpu)"
 
 docs: $(VENV)/.installed ## the docs site, into _docs/
 	$(TEST_ENV) $(BIN)/python .ci/docs.py site

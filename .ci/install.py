@@ -2,7 +2,7 @@
 
     python3 .ci/install.py          (Windows: py .ci/install.py)
 
-Needs only the standard library. Running it again does nothing unless requirements.txt, setup.py or settings.ini changed.
+Needs only the standard library. Run again, it does nothing unless requirements.txt, setup.py or settings.ini changed.
 """
 import http.client
 import os
@@ -201,7 +201,7 @@ def check():
         stop("the installed packages do not import together: delete .venv and run this again")
     build = torch_build()
     if has_nvidia() and build and build[1] == "cpu":
-        say("note: there is an NVIDIA GPU, but this torch is a CPU build; https://pytorch.org/get-started has the command")
+        say("note: this machine has an NVIDIA GPU, but torch is a CPU build; see https://pytorch.org/get-started")
 
 
 def main():

@@ -26,8 +26,8 @@ STEPS = [
 def fingerprints():
     "The hash of every file that these steps may write. Not by git: a tree with unfinished edits can be checked too."
     files = [p for folder in ("nbs", "qlora_nb") for p in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
-    skipped = {"__pycache__", ".ipynb_checkpoints", "runs"}
-    kept = [p for p in files if p.is_file() and not skipped & set(p.parts) and p.name not in ("sidebar.yml", ".last_checked")]
+    skipped = {"__pycache__", ".ipynb_checkpoints", "runs", "sidebar.yml", ".last_checked"}
+    kept = [p for p in files if p.is_file() and not skipped & set(p.relative_to(ROOT).parts)]
     return {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
@@ -51,7 +51,7 @@ def main():
     changed = sorted(name for name in before | after if before.get(name) != after.get(name))
     if "--check" in sys.argv:
         if changed:
-            sys.exit("prepare: these files did not match their notebooks; they do now, commit them: " + ", ".join(changed))
+            sys.exit("prepare: these files did not match their notebooks; they do now: " + ", ".join(changed))
         print(f"prepare: {len(after)} files match their notebooks")
     else:
         print("prepare: " + (", ".join(changed) or "nothing to change"))

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'NAMES', 'Text', 'SPEAKERS', 'CHECKS', 'FEW_ROWS', 'Record', 'open_text', 'damaged', 'legible',
-           'csv_fields', 'csv_records', 'kind_of', 'line_records', 'array_records', 'json_records', 'hub_refusal',
-           'hub_records', 'source_kind', 'read_records', 'guess_roles', 'BadRow', 'Row', 'SingleTurn', 'role_problem',
-           'Turn', 'Chat', 'validated_row', 'bad', 'plain_turn', 'shape_row', 'unnest', 'special_pattern', 'normal',
-           'Checker', 'Checked', 'check_source', 'group_of', 'split_rows', 'Finding', 'rejection_findings',
-           'split_findings', 'DataReport', 'length_stats', 'length_histogram', 'histogram_svg', 'clipped',
-           'report_html', 'fingerprint', 'provenance', 'made_before', 'prepare', 'load_rows']
+           'csv_fields', 'csv_records', 'kind_of', 'object_record', 'line_records', 'array_records', 'json_records',
+           'hub_refusal', 'hub_records', 'unreadable', 'source_kind', 'read_records', 'listed', 'check_given',
+           'guess_roles', 'BadRow', 'Row', 'SingleTurn', 'role_problem', 'Turn', 'Chat', 'validated_row', 'plain_turn',
+           'shape_row', 'unnest', 'special_pattern', 'normal', 'Checker', 'Checked', 'check_source', 'group_of',
+           'split_rows', 'Finding', 'rejection_findings', 'split_findings', 'DataReport', 'length_stats',
+           'length_histogram', 'histogram_svg', 'clipped', 'report_html', 'fingerprint', 'provenance', 'made_before',
+           'prepare', 'load_rows']
 
 # %% ../nbs/10_data.ipynb #100002
 import csv, difflib, hashlib, html, itertools, json, os, random, re
@@ -18,19 +19,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-# %% ../nbs/10_data.ipynb #100003
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from tqdm import tqdm
 
-# %% ../nbs/10_data.ipynb #100004
+# %% ../nbs/10_data.ipynb #100003
 import qlora_nb
 from .config import DataSection, read_json, read_jsonl, sha256, whole_file, write_json, write_jsonl
-from .contract import Contract, Encoded, check_contract, encode, messages_of
+from .contract import Contract, Encoded, IGNORED, check_contract, encode, messages_of
 from .tiny_base import helpdesk_rows
 from .vram_budget import InputError
 
-# %% ../nbs/10_data.ipynb #100007
+# %% ../nbs/10_data.ipynb #100006
 @dataclass
 class Record:
     "One entry of a source: either a `value`, or the `error` that kept it from being read."
@@ -40,7 +40,7 @@ class Record:
     check: str = ""             # which check failed: `syntax` or `encoding`
     error: str = ""             # what was wrong, in words
 
-# %% ../nbs/10_data.ipynb #100009
+# %% ../nbs/10_data.ipynb #100008
 def open_text(
     path: Path,           # a CSV or JSON file
     newline: str = "\n",  # as for `open`
@@ -64,7 +64,7 @@ def legible(text: str) -> str:
     "The text with undecodable bytes spelt out, such as `\\xe9`."
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-# %% ../nbs/10_data.ipynb #100013
+# %% ../nbs/10_data.ipynb #100011
 def csv_fields(
     path: Path,
 ):              # yields (line number, original text, fields, error)
@@ -85,33 +85,43 @@ def csv_fields(
             if fields or error: yield at, "".join(taken), fields, error
             at += len(taken)
 
-# %% ../nbs/10_data.ipynb #100016
+# %% ../nbs/10_data.ipynb #100014
 def csv_records(
     path: Path,
 ):              # yields `Record`
     "The rows of a CSV file as records."
     rows = csv_fields(path)
     line, _, header, error = next(rows, (1, "", [], ""))
-    if error or damaged("".join(header)): raise InputError(f"{path}:{line} is no CSV header ({error or 'not UTF-8'}); save it as UTF-8 CSV")
+    if error or damaged("".join(header)):
+        raise InputError(f"{path}:{line} is no CSV header ({error or 'not UTF-8'}); save the file as UTF-8 CSV")
     if twice := [name for name, n in Counter(header).items() if n > 1]:
         raise InputError(f"{path}:{line} has two columns named {twice[0]!r}; rename one of them")
     for line, text, fields, error in rows:
         place, value, check = f"{path}:{line}", dict(zip(header, fields)), "syntax"
-        if not error and len(fields) != len(header): error = f"{len(fields)} fields where the header has {len(header)}"
+        if not error and len(fields) != len(header): error = f"{len(header)} fields expected, {len(fields)} found"
         if damaged(text): check, error = "encoding", "bytes that are not UTF-8"
         yield Record(place, text, check=check, error=error) if error else Record(place, text, value)
 
-# %% ../nbs/10_data.ipynb #100020
-def _object_record(place: str, text: str, value) -> Record:
-    if damaged(text): return Record(place, text, check="encoding", error="bytes that are not UTF-8")
-    if isinstance(value, dict): return Record(place, text, value)
-    return Record(place, text, check="syntax", error=f"{kind_of(value)} where an object is expected")
-
-
+# %% ../nbs/10_data.ipynb #100017
 def kind_of(value) -> str:
     "The JSON type of a value, in words."
-    names = dict(NoneType="null", str="text", bool="a boolean", int="a number", float="a number", list="a list", dict="an object")
-    return names.get(type(value).__name__, f"a {type(value).__name__}")
+    names = {type(None): "null", str: "text", bool: "a boolean", int: "a number", float: "a number",
+             list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def object_record(
+    place: str,
+    text: str,    # of one JSON value
+    value,        # what it says
+) -> Record:
+    "A parsed JSON value as a record; it must be an object whose texts are texts."
+    bad = lambda check, error: Record(place, text, check=check, error=error)
+    if damaged(text): return bad("encoding", "bytes that are not UTF-8")
+    if re.search(r"\\u[dD][89a-fA-F]", text) and damaged(json.dumps(value, ensure_ascii=False)):
+        return bad("encoding", "half of a surrogate pair, which is no character")
+    if not isinstance(value, dict): return bad("syntax", f"{kind_of(value)} where an object is expected")
+    return Record(place, text, value)
 
 
 def line_records(
@@ -122,30 +132,31 @@ def line_records(
         for n, line in enumerate(f, 1):
             place, text = f"{path}:{n}", line.rstrip("\r\n")
             if not text.strip(): continue
-            try: yield _object_record(place, text, json.loads(text))
-            except json.JSONDecodeError as e: yield Record(place, text, check="syntax", error=f"not JSON: {e.msg} at column {e.colno}")
-            except (ValueError, RecursionError): yield Record(place, text, check="syntax", error="JSON nested too deep or a number too long")
+            try: record = object_record(place, text, json.loads(text))
+            except (ValueError, RecursionError) as e:
+                error = "JSON nested too deep, or a number too long"
+                if isinstance(e, json.JSONDecodeError): error = f"not JSON ({e.msg}), column {e.colno}"
+                record = Record(place, text, check="syntax", error=error)
+            yield record
 
-# %% ../nbs/10_data.ipynb #100022
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
+# %% ../nbs/10_data.ipynb #100019
 def array_records(
     path: Path,  # a JSON array of objects
 ):               # yields `Record`
     "The elements of a JSON array as records."
     with open_text(path) as f: text = f.read()
-    skip, decoder, line, last = lambda i: _SPACE.match(text, i).end(), json.JSONDecoder(), 1, 0
+    space, decoder, line, last = re.compile(r"[ \t\r\n]*"), json.JSONDecoder(), 1, 0
+    skip = lambda i: space.match(text, i).end()
     def refuse(i, what):
-        column = i - text.rfind("\n", 0, i)
-        raise InputError(f"{path}:{text.count(chr(10), 0, i) + 1}:{column} {what}; correct it, or write one object a line (.jsonl)")
+        where = f"{path}:{text.count(chr(10), 0, i) + 1}:{i - text.rfind(chr(10), 0, i)}"
+        raise InputError(f"{where} {what}; correct it, or write one object a line (.jsonl)")
     at = skip(text.index("[") + 1)
     while text[at:at+1] != "]":
         try: value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as e: refuse(e.pos, f"is not JSON ({e.msg})")
-        except (ValueError, RecursionError): refuse(at, "is nested too deep or holds too long a number")
+        except (ValueError, RecursionError): refuse(at, "is nested too deep, or holds too long a number")
         line, last = line + text.count("\n", last, at), at
-        yield _object_record(f"{path}:{line}", text[at:end], value)
+        yield object_record(f"{path}:{line}", text[at:end], value)
         at = skip(end)
         if text[at:at+1] == ",": at = skip(at + 1)
         elif text[at:at+1] != "]": refuse(at, "is not JSON (expected , or ])")
@@ -159,7 +170,7 @@ def json_records(
     with open_text(path) as f: start = next((line.strip() for line in f if line.strip()), "")
     return array_records(path) if start.startswith("[") else line_records(path)
 
-# %% ../nbs/10_data.ipynb #100026
+# %% ../nbs/10_data.ipynb #100022
 def hub_refusal(
     name: str,         # of a data set
     error: Exception,  # what `datasets` raised
@@ -188,29 +199,38 @@ def hub_records(
     except (DatasetsError, OSError, ValueError, RuntimeError) as e: raise hub_refusal(name, e) from None
     for i, row in enumerate(rows): yield Record(f"{name}:{split}[{i}]", row, row)
 
-# %% ../nbs/10_data.ipynb #100029
-FORMATS = {".csv": csv_records, ".tsv": csv_records, ".json": json_records, ".jsonl": json_records, ".ndjson": json_records}
+# %% ../nbs/10_data.ipynb #100025
+FORMATS = {".csv": csv_records, ".tsv": csv_records,
+           ".json": json_records, ".jsonl": json_records, ".ndjson": json_records}
+
+
+def unreadable(
+    p: Path,  # that exists
+) -> str:     # empty if it can be read
+    "Why a path cannot be read as a file of rows, and what to do."
+    known, train, held = ", ".join(FORMATS), p / "train.jsonl", p / "eval.jsonl"
+    if train.is_file(): return f"is a folder; give data.path={train} data.eval_path={held}"
+    if p.is_dir(): return f"is a folder; give one file in it ({known})"
+    if p.suffix.lower() not in FORMATS: return f"has the unknown extension {p.suffix!r}; give one of {known}"
+    return "" if os.access(p, os.R_OK) else "cannot be read; change its permissions"
 
 
 def source_kind(
     path: str,  # `pydoc`, a file, or `org/name`
 ) -> str:       # `pydoc`, `file` or `hub`
     "What a source is; anything that cannot be read is an `InputError`."
-    p, known = Path(path).expanduser(), ", ".join(FORMATS)
     if path == "pydoc": return "pydoc"
-    if p.is_dir():
-        if (p / "train.jsonl").is_file(): raise InputError(f"{path} is a folder; give data.path={p / 'train.jsonl'} data.eval_path={p / 'eval.jsonl'}")
-        raise InputError(f"{path} is a folder; give one file in it ({known})")
+    p = Path(path).expanduser()
     if p.exists():
-        if p.suffix.lower() not in FORMATS: raise InputError(f"{path} has the unknown extension {p.suffix!r}; give a file with one of {known}")
-        if not os.access(p, os.R_OK): raise InputError(f"{path} cannot be read; change its permissions")
+        if problem := unreadable(p): raise InputError(f"{path} {problem}")
         return "file"
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not re.search(r"\.[A-Za-z]\w{0,7}$", path): return "hub"
     near = difflib.get_close_matches(p.name, [f.name for f in p.parent.iterdir()] if p.parent.is_dir() else [], n=1)
-    hint = f"did you mean {p.parent / near[0]}?" if near else f"give an existing file ({known}), pydoc, or a Hub data set as org/name"
-    raise InputError(f"there is no file {path}; {hint}")
+    fix = f"give a file ({', '.join(FORMATS)}), pydoc, or a Hub data set as org/name"
+    if near: fix = f"did you mean {p.parent / near[0]}?"
+    raise InputError(f"there is no file {path}; {fix}")
 
-# %% ../nbs/10_data.ipynb #100031
+
 def read_records(
     path: str,                   # `pydoc`, a CSV/JSON/JSONL file, or `org/name` on the Hub
     subset: str | None = None,   # configuration of the Hub data set
@@ -220,53 +240,62 @@ def read_records(
     kind, record = source_kind(path), None
     if kind == "pydoc": records = (Record(f"pydoc[{i}]", row, row) for i, row in enumerate(helpdesk_rows()))
     elif kind == "hub": records = hub_records(path, subset, split)
-    else:
-        file = Path(path).expanduser()
-        records = FORMATS[file.suffix.lower()](file)
+    else: records = FORMATS[Path(path).suffix.lower()](Path(path).expanduser())
     for record in records: yield record
     if record is None: raise InputError(f"{path} holds no rows; give a source with questions and answers")
 
-# %% ../nbs/10_data.ipynb #100034
+# %% ../nbs/10_data.ipynb #100028
 NAMES = {
     "messages": ("messages", "conversations", "conversation"),
-    "output": ("output", "answer", "response", "completion", "reply", "solution", "target", "assistant"),
-    "instruction": ("instruction", "question", "prompt", "query", "problem", "utterance", "request", "user", "text", "input"),
-    "input": ("input", "context"),
     "system": ("system", "system_prompt"),
+    "instruction": ("instruction", "question", "prompt", "query", "problem", "utterance", "request", "user", "text",
+                    "input"),
+    "input": ("input", "context"),
+    "output": ("output", "answer", "response", "completion", "reply", "solution", "target", "assistant"),
     "group": ("group",),
 }
 
 
-def _given_roles(columns: list, given: dict) -> dict:
-    "The roles that the user assigned, checked."
+def listed(columns: list) -> str:
+    "Column names on one line."
+    return " ".join(", ".join(columns[:20]).split()) + " …" * (len(columns) > 20)
+
+
+def check_given(
+    columns: list,  # names of the columns found
+    given: dict,    # role -> column, as assigned by the user
+) -> None:
+    "Refuse roles that do not exist, columns that are not there, and both shapes at once."
     for role, column in given.items():
         if role not in NAMES: raise InputError(f"there is no role {role!r}; assign one of {', '.join(NAMES)}")
-        if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            raise InputError(f"there is no column {column!r} for {role}; " + (f"did you mean {near[0]!r}? " if near else "") + f"columns: {', '.join(columns)}")
+        near = difflib.get_close_matches(column, columns, n=1)
+        fix = (f"did you mean {near[0]!r}? Columns: " if near else "columns: ") + listed(columns)
+        if column not in columns: raise InputError(f"there is no column {column!r} for {role}; {fix}")
     if "messages" in given and {"output", "instruction", "input"} & set(given):
-        raise InputError("a row is either messages or a question with an answer; assign messages alone, or instruction and output")
-    return dict(given)
+        raise InputError("a row is either messages or a question with its answer; assign messages alone, "
+                         "or instruction and output")
 
-
+# %% ../nbs/10_data.ipynb #100029
 def guess_roles(
-    columns: list,            # names of the columns found
+    columns: list,              # names of the columns found
     given: dict | None = None,  # role -> column, as assigned by the user
-) -> dict:                    # role -> column
+) -> dict:                      # role -> column
     "Which column plays which role; no answer or no question is an `InputError` that lists the columns."
-    roles = _given_roles(columns, given or {})
+    roles = dict(given or {})
+    check_given(columns, roles)
     plain = {re.sub(r"[\s-]+", "_", c.strip().lower()): c for c in reversed(columns)}
     for role, names in NAMES.items():
-        if role == "messages" and {"output", "instruction"} & set(roles): continue
-        if "messages" in roles and role in ("output", "instruction", "input", "system"): continue
+        if role in roles or role == "messages" and {"output", "instruction"} & set(roles): continue
+        if "messages" in roles and role != "group": continue
         found = [plain[n] for n in names if n in plain and plain[n] not in roles.values()]
-        if role not in roles and found: roles[role] = found[0]
+        if found: roles[role] = found[0]
     for role, word in ("output", "answer"), ("instruction", "question"):
         if role not in roles and "messages" not in roles:
-            raise InputError(f"no {word} column among: {', '.join(columns)}; name it with --map {role}=COLUMN (data.columns.{role}=COLUMN)")
-    return roles
+            raise InputError(f"no {word} column among: {listed(columns)}; "
+                             f"name it with --map {role}=COLUMN (data.columns.{role}=COLUMN)")
+    return {role: roles[role] for role in NAMES if role in roles}
 
-# %% ../nbs/10_data.ipynb #100038
+# %% ../nbs/10_data.ipynb #100032
 class BadRow(Exception):
     "A record that cannot be trained on."
     def __init__(self, check: str, reason: str):
@@ -294,14 +323,15 @@ class SingleTurn(Row):
     input: str = ""
     output: Text
 
-# %% ../nbs/10_data.ipynb #100040
+# %% ../nbs/10_data.ipynb #100034
 def role_problem(
     roles: list,  # of the turns, in order
 ) -> str:         # empty if the order is right
     "What is wrong with the order of a conversation's roles."
     start = int(roles[:1] == ["system"])
     for n, role in enumerate(roles[start:]):
-        if role != (want := ("user", "assistant")[n % 2]): return f"turn {n + start + 1} is {role} where {want} is expected"
+        want = ("user", "assistant")[n % 2]
+        if role != want: return f"turn {n + start + 1} is {role} where {want} is expected"
     if len(roles) == start: return "there are no turns"
     return "" if roles[-1] == "assistant" else "the last turn is not the assistant's"
 
@@ -319,10 +349,11 @@ class Chat(Row):
 
     @model_validator(mode="after")
     def _order(self):
-        if problem := role_problem([t.role for t in self.messages]): raise PydanticCustomError("roles", "{p}", {"p": problem})
+        problem = role_problem([t.role for t in self.messages])
+        if problem: raise PydanticCustomError("roles", "{p}", {"p": problem})
         return self
 
-# %% ../nbs/10_data.ipynb #100042
+# %% ../nbs/10_data.ipynb #100035
 def validated_row(
     model: type,    # `SingleTurn` or `Chat`
     tree: dict,
@@ -336,28 +367,21 @@ def validated_row(
     if kind == "empty": raise BadRow("empty field", f"{where} is empty")
     if kind == "missing" or value is None: raise BadRow("missing field", f"{where} is missing")
     if kind == "roles": raise BadRow("role order", first["msg"])
-    if kind == "literal_error": raise BadRow("role order", f"{where} is {value!r}; known are system, user and assistant")
+    if kind == "literal_error": raise BadRow("role order", f"{where} is {str(value)[:40]!r}, no known role")
     raise BadRow("wrong type", f"{where} is {kind_of(value)}")
 
-
-def bad(function, *args) -> str:
-    "What a function rejects its arguments for; empty if it does not."
-    try: function(*args)
-    except BadRow as e: return f"{e.check}: {e.reason}"
-    return ""
-
-# %% ../nbs/10_data.ipynb #100045
+# %% ../nbs/10_data.ipynb #100038
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
 def plain_turn(
-    turn,   # as it stands in the source
-    n: int, # its number, from 1
-):          # {"role", "content"} as far as the source has them
+    turn,    # as it stands in the source
+    n: int,  # its number, from 1
+):           # {"role", "content"} as far as the source has them
     "A turn of either dialect; one that carries more than words is a `BadRow`."
     if not isinstance(turn, dict): return turn
     if more := [k for k in ("tool_calls", "function_call") if turn.get(k)] + ["weight"] * (turn.get("weight") == 0):
-        raise BadRow("wrong type", f"turn {n} has {more[0]}, which cannot be trained on here")
+        raise BadRow("unsupported", f"turn {n} has {more[0]}, which cannot be trained on here")
     if "from" in turn: turn = {"role": turn["from"], "content": turn.get("value")}
     if isinstance(turn.get("role"), str): turn = {**turn, "role": SPEAKERS.get(turn["role"], turn["role"])}
     return {k: turn[k] for k in ("role", "content") if k in turn}
@@ -377,9 +401,10 @@ def shape_row(
     fields = {r: found[r] for r in ("instruction", "input", "output") if r in found}
     row = validated_row(SingleTurn, group | fields, roles)
     if found.get("system", "") == "": return row
-    return validated_row(Chat, group | {"messages": [{"role": "system", "content": found["system"]}, *messages_of(row)]}, roles)
+    turns = [{"role": "system", "content": found["system"]}, *messages_of(row)]
+    return validated_row(Chat, group | {"messages": turns}, roles)
 
-# %% ../nbs/10_data.ipynb #100049
+# %% ../nbs/10_data.ipynb #100041
 def unnest(
     records,  # iterable of `Record`
 ):            # yields `Record`
@@ -391,7 +416,7 @@ def unnest(
         for n, instance in enumerate(nested, 1):
             yield Record(f"{r.place}#{n}" if len(nested) > 1 else r.place, r.original, outer | instance)
 
-# %% ../nbs/10_data.ipynb #100052
+# %% ../nbs/10_data.ipynb #100044
 def special_pattern(
     tokenizer,  # a fast transformers tokenizer
 ) -> re.Pattern:
@@ -415,20 +440,18 @@ class Checker:
 
     def __call__(self, row: dict, place: str) -> int:
         "The row's length in tokens, or a `BadRow`."
-        messages = messages_of(row)
-        texts = [t["content"] for t in messages]
-        if any(map(damaged, texts)): raise BadRow("encoding", "half of a surrogate pair, which is no character")
+        messages, most = messages_of(row), self.contract.max_length
         for t in messages:
             if found := self.special.search(t["content"]):
                 raise BadRow("special tokens", f"the {t['role']}'s text contains the special token {found[0]}")
         key = hashlib.sha256("\0".join(t["role"] + normal(t["content"]) for t in messages).encode()).digest()[:16]
         if key in self.seen: raise BadRow("duplicate", f"same as {self.seen[key]}")
         length = len(encode(self.contract, self.tokenizer, messages))
-        if length > (most := self.contract.max_length): raise BadRow("too long", f"{length} tokens; max_length is {most}")
+        if length > most: raise BadRow("too long", f"{length} tokens; max_length is {most}")
         self.seen[key] = place
         return length
 
-# %% ../nbs/10_data.ipynb #100058
+# %% ../nbs/10_data.ipynb #100049
 @dataclass
 class Checked:
     "What became of a source's records."
@@ -451,10 +474,9 @@ def _with_progress(records, quiet: int = 10_000):
 
 def _storable(original):
     "A rejected original as JSON can hold it."
-    if isinstance(original, str): return legible(original)
-    return json.loads(json.dumps(original, ensure_ascii=True, default=str)) if not damaged(json.dumps(original, ensure_ascii=False, default=str)) else json.dumps(original, default=str)
+    return legible(original) if isinstance(original, str) else json.loads(json.dumps(original, default=str))
 
-# %% ../nbs/10_data.ipynb #100059
+# %% ../nbs/10_data.ipynb #100050
 def check_source(
     path: str,               # `pydoc`, a file, or `org/name`
     given: dict,             # role -> column, as assigned by the user
@@ -468,7 +490,7 @@ def check_source(
     columns = list(dict.fromkeys(c for r in first for c in r.value or ()))
     if not columns:
         raise InputError(f"none of the first {len(first)} records of {path} can be read ({first[0].place}: "
-                         f"{first[0].error or 'no columns'}); for JSON write one object a line, or one array of objects")
+                         f"{first[0].error or 'no columns'}); JSON must be one object a line, or one array of objects")
     try: roles = guess_roles(columns, given)
     except InputError as e: raise InputError(f"{path}: {e}") from None
     done = Checked(path, roles, [r for r in roles if r not in given], [c for c in columns if c not in roles.values()])
@@ -479,12 +501,13 @@ def check_source(
             row = shape_row(record.value, roles)
             length = checker(row, record.place)
         except BadRow as e:
-            done.rejected.append(dict(place=record.place, check=e.check, reason=e.reason, original=_storable(record.original)))
+            original = _storable(record.original)
+            done.rejected.append(dict(place=record.place, check=e.check, reason=e.reason, original=original))
         else: done.rows.append(row); done.lengths.append(length)
     assert done.records == len(done.rows) + len(done.rejected)
     return done
 
-# %% ../nbs/10_data.ipynb #100064
+# %% ../nbs/10_data.ipynb #100056
 def group_of(
     row: dict,
 ) -> str:
@@ -503,15 +526,16 @@ def split_rows(
     groups = [group_of(row) for row in rows]
     order = sorted(set(groups), key=key)
     if len(order) < 2:
-        raise InputError(f"{len(order)} question{'s' * (len(order) != 1)} cannot be split into training and evaluation rows; "
+        raise InputError(f"rows of {len(order)} question or group cannot be split into training and evaluation rows; "
                          "give at least 2 different ones, or evaluation rows of your own with data.eval_path")
     held = {g for g in order if key(g) < fraction}
     held = (held or {order[0]}) - ({order[-1]} if len(held) == len(order) else set())
     return [r for r, g in zip(rows, groups) if g not in held], [r for r, g in zip(rows, groups) if g in held]
 
-# %% ../nbs/10_data.ipynb #100071
-CHECKS = {"syntax": "FAIL", "encoding": "FAIL", "missing field": "FAIL", "empty field": "FAIL", "wrong type": "FAIL",
-          "role order": "FAIL", "special tokens": "FAIL", "duplicate": "WARN", "too long": "WARN"}
+# %% ../nbs/10_data.ipynb #100061
+CHECKS = {"syntax": "FAIL", "encoding": "FAIL", "missing field": "FAIL", "empty field": "FAIL",
+          "wrong type": "FAIL", "unsupported": "FAIL", "role order": "FAIL", "special tokens": "FAIL",
+          "duplicate": "WARN", "too long": "WARN"}
 FEW_ROWS = 1000
 
 
@@ -528,16 +552,15 @@ def rejection_findings(
     rejected: list,  # of {"place", "check", "reason", "original"}
 ) -> list:           # of `Finding`, one per check
     "The rejected records by check."
-    found = {check: [r for r in rejected if r["check"] == check] for check in CHECKS}
-    return [Finding(check, CHECKS[check] if rows else "PASS", len(rows), [f"{r['place']}: {r['reason']}" for r in rows[:3]])
-            for check, rows in found.items()]
+    found = {check: [f"{r['place']}: {r['reason']}" for r in rejected if r["check"] == check] for check in CHECKS}
+    return [Finding(check, CHECKS[check] if said else "PASS", len(said), said[:3]) for check, said in found.items()]
 
 
 def split_findings(
-    train: list,      # rows
-    held: list,       # rows
+    train: list,             # rows
+    held: list,              # rows
     fraction: float | None,  # asked for; None: the evaluation rows were given
-) -> list:            # of `Finding`
+) -> list:                   # of `Finding`
     "Whether there are enough rows, and whether the two sides are what they should be."
     asked = {group_of(r) for r in held}
     shared = [r for r in train if group_of(r) in asked]
@@ -550,7 +573,7 @@ def split_findings(
             Finding("row count", "WARN" if total < FEW_ROWS else "PASS", total,
                     [f"fewer than {FEW_ROWS:,}: watch the evaluation loss"] if total < FEW_ROWS else [])]
 
-# %% ../nbs/10_data.ipynb #100075
+# %% ../nbs/10_data.ipynb #100064
 @dataclass
 class DataReport:
     "What was read, what was kept, and what was found."
@@ -565,8 +588,8 @@ class DataReport:
 
     @property
     def status(self) -> str: return max((f.status for f in self.findings), key=("PASS", "WARN", "FAIL").index)
-    @property
-    def roles(self) -> dict: return self.sources[0]["roles"]
+
+    def __repr__(self): return f"DataReport({self.status}, {self.counts})"
 
     def to_dict(self) -> dict: return {**asdict(self), "status": self.status}
 
@@ -577,15 +600,17 @@ class DataReport:
 
     def _repr_markdown_(self):
         say = lambda s: str(s).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-        lines = [f"**{self.status}** " + ", ".join(f"{k} {v:,}" for k, v in self.counts.items()) + (" (made before)" * self.reused), ""]
+        numbers = lambda d: ", ".join(f"{k} {v:,}" for k, v in d.items())
+        lines = [f"**{self.status}** {numbers(self.counts)}" + (" (already there, nothing done)" * self.reused), ""]
         for s in self.sources:
-            roles = ", ".join(f"{role} = `{column}`" + " (guessed)" * (role in s["guessed"]) for role, column in s["roles"].items())
-            lines += [f"{say(s['path'])}: {roles}" + f"; not used: {', '.join(s['unused'])}" * bool(s["unused"]), ""]
+            roles = [f"{r} = {say(c)}" + " (guessed)" * (r in s["guessed"]) for r, c in s["roles"].items()]
+            roles += [f"not used: {say(listed(s['unused']))}"] * bool(s["unused"])
+            lines += [f"{say(s['path'])}: {', '.join(roles)}", ""]
         lines += ["| check | status | count | examples |", "|---|---|---|---|"]
         lines += [f"| {f.check} | {f.status} | {f.count:,} | {say('; '.join(f.places))} |" for f in self.findings]
-        return "\n".join([*lines, "", "tokens a row: " + ", ".join(f"{k} {v:,}" for k, v in self.tokens.items())])
+        return "\n".join([*lines, "", f"tokens a row: {numbers(self.tokens)}"])
 
-# %% ../nbs/10_data.ipynb #100076
+# %% ../nbs/10_data.ipynb #100065
 def length_stats(
     lengths: list,    # in tokens, not empty
     max_length: int,
@@ -605,17 +630,21 @@ def length_histogram(
     counts = Counter(n // width for n in lengths)
     return [[b * width, (b + 1) * width, counts[b]] for b in range(max(counts) + 1)]
 
-# %% ../nbs/10_data.ipynb #100078
+# %% ../nbs/10_data.ipynb #100067
 def histogram_svg(
     histogram: list,  # of [from, below, rows]
 ) -> str:             # an inline SVG
     "Row lengths as bars."
     top, bar, n = max(rows for *_, rows in histogram), 24, len(histogram)
-    bars = [f'<rect x="{i * bar}" y="{110 - 100 * rows / top:.1f}" width="{bar - 2}" height="{100 * rows / top:.1f}" fill="#2e7d32">'
-            f"<title>{start} to {end - 1} tokens: {rows:,} rows</title></rect>" for i, (start, end, rows) in enumerate(histogram)]
-    ends = f'<text x="0" y="126">{histogram[0][0]}</text><text x="{n * bar}" y="126" text-anchor="end">{histogram[-1][1]} tokens</text>'
-    return (f'<svg viewBox="0 0 {n * bar} 130" width="{n * bar}" font-size="12" font-family="sans-serif" fill="currentColor" '
-            f'role="img" aria-label="rows by length in tokens">{"".join(bars)}{ends}</svg>')
+    def rect(i, start, end, rows):
+        h = round(100 * rows / top)
+        return (f'<rect x="{i * bar}" y="{110 - h}" width="{bar - 2}" height="{h}" fill="#2e7d32">'
+                f"<title>{start} to {end - 1} tokens: {rows:,} rows</title></rect>")
+    bars = "".join(rect(i, *b) for i, b in enumerate(histogram))
+    ends = (f'<text x="0" y="126">{histogram[0][0]}</text>'
+            f'<text x="{n * bar}" y="126" text-anchor="end">{histogram[-1][1]} tokens</text>')
+    return (f'<svg viewBox="0 0 {n * bar} 130" width="{n * bar}" font-size="12" font-family="sans-serif" '
+            f'fill="currentColor" role="img" aria-label="rows by length in tokens">{bars}{ends}</svg>')
 
 
 def clipped(
@@ -626,9 +655,9 @@ def clipped(
     if len(sample) <= most: return sample
     h = most // 2
     cut = lambda x, mark: [*x[:h], mark, *x[-h:]]
-    return Encoded(cut(sample.input_ids, -1), cut(sample.labels, -100), cut(sample.tokens, " […] "))
+    return Encoded(cut(sample.input_ids, -1), cut(sample.labels, -100), lambda i: " […] " if i < 0 else sample.decode(i))
 
-# %% ../nbs/10_data.ipynb #100080
+# %% ../nbs/10_data.ipynb #100069
 def report_html(
     report: DataReport,
     samples: list,  # of `Encoded`
@@ -637,12 +666,14 @@ def report_html(
     say = lambda x: html.escape(str(x))
     cells = lambda values, tag="td": "<tr>" + "".join(f"<{tag}>{v}</{tag}>" for v in values) + "</tr>"
     counts = cells(map(say, report.counts), "th") + cells(f"{v:,}" for v in report.counts.values())
-    found = "".join(cells([say(f.check), f'<b class="{f.status}">{f.status}</b>', f"{f.count:,}", "<br>".join(map(say, f.places))])
+    mark = lambda status: f'<b class="{status}">{status}</b>'
+    found = "".join(cells([say(f.check), mark(f.status), f"{f.count:,}", "<br>".join(map(say, f.places))])
                     for f in report.findings)
     roles = "".join(cells([say(s["path"]), say(role), say(column), "guessed" if role in s["guessed"] else "given"])
                     for s in report.sources for role, column in s["roles"].items())
-    style = ("body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{text-align:left;"
-             "padding:.2em .8em;border-bottom:1px solid #ddd;vertical-align:top}pre{background:#f6f6f6;padding:.8em}"
+    style = ("body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+             "td,th{text-align:left;padding:.2em .8em;border-bottom:1px solid #ddd;vertical-align:top}"
+             "pre{background:#f6f6f6;padding:.8em}"
              ".PASS{color:#2e7d32}.WARN{color:#b26a00}.FAIL{color:#c62828}")
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data report</title><style>{style}</style>'
             f"<h1>Data report: {report.status}</h1><table>{counts}</table><h2>Checks</h2><table>{found}</table>"
@@ -650,7 +681,7 @@ def report_html(
             f"<p>{', '.join(f'{k} {v:,}' for k, v in report.tokens.items())}</p><h2>Rows as the model sees them</h2>"
             f"<p>Green is trained on; grey is only read.</p>{''.join(s._repr_html_() for s in samples)}</html>\n")
 
-# %% ../nbs/10_data.ipynb #100082
+# %% ../nbs/10_data.ipynb #100071
 def fingerprint(
     path: str,                  # `pydoc`, a file, or `org/name`
     subset: str | None = None,
@@ -681,10 +712,10 @@ def made_before(
     files = [out / name for name in ("train.jsonl", "eval.jsonl", "rejected.jsonl", "report.html", "report.json")]
     if not all(f.is_file() for f in files): return None
     tree = read_json(files[-1])
-    if tree["made_from"] != origin or tree["rows_sha256"] != sha256(*files[:2]): return None
+    if tree.get("made_from") != origin or tree.get("rows_sha256") != sha256(*files[:2]): return None
     return DataReport.from_dict(tree | {"reused": True})
 
-# %% ../nbs/10_data.ipynb #100083
+# %% ../nbs/10_data.ipynb #100072
 def _no_rows(done: Checked, out: Path) -> InputError:
     "The refusal of a source of which nothing was kept."
     check, n = Counter(r["check"] for r in done.rejected).most_common(1)[0]
@@ -694,13 +725,27 @@ def _no_rows(done: Checked, out: Path) -> InputError:
 
 
 def _check_out(data: DataSection, out: Path) -> None:
-    "Refuse an output folder that is a file, or whose files are the source."
+    "Refuse an output folder that is a file, or that holds the source under a name to be written."
     if out.is_file(): raise InputError(f"{out} is a file; choose a folder to write to")
+    written = [(out / f"{name}.jsonl").resolve() for name in ("train", "eval", "rejected")]
     for p in filter(None, (data.path, data.eval_path)):
-        if source_kind(p) == "file" and Path(p).expanduser().resolve().parent == out.resolve() and Path(p).name in ("train.jsonl", "eval.jsonl", "rejected.jsonl"):
+        if source_kind(p) == "file" and Path(p).expanduser().resolve() in written:
             raise InputError(f"{p} would be overwritten; choose another folder to write to")
 
-# %% ../nbs/10_data.ipynb #100084
+
+def _report(sources: list, train: list, held: list, data: DataSection, limit: int, **facts) -> DataReport:
+    "The report on what was read from `sources` and split."
+    rejected, lengths = [r for s in sources for r in s.rejected], [n for s in sources for n in s.lengths]
+    asked = None if data.eval_path else data.eval_fraction
+    told = ("path", "records", "roles", "guessed", "unused")
+    return DataReport(
+        sources=[{name: getattr(s, name) for name in told} for s in sources],
+        counts=dict(records=sum(s.records for s in sources), kept=len(lengths), rejected=len(rejected),
+                    train=len(train), eval=len(held)),
+        findings=rejection_findings(rejected) + split_findings(train, held, asked),
+        tokens=length_stats(lengths, limit), histogram=length_histogram(lengths), **facts)
+
+# %% ../nbs/10_data.ipynb #100073
 def prepare(
     data: DataSection,
     contract: Contract,
@@ -718,22 +763,18 @@ def prepare(
     read = lambda path: check_source(path, data.columns, checker, data.subset, data.split)
     given = [read(data.eval_path)] if data.eval_path else []
     sources = [read(data.path), *given]
-    rejected, lengths = sum((s.rejected for s in sources), []), sum((s.lengths for s in sources), [])
-    write_jsonl(out / "rejected.jsonl", rejected)
+    write_jsonl(out / "rejected.jsonl", [r for s in sources for r in s.rejected])
     for s in sources:
         if not s.rows: raise _no_rows(s, out)
-    train, held = (sources[0].rows, given[0].rows) if given else split_rows(sources[0].rows, data.eval_fraction, data.seed)
+    rows = sources[0].rows
+    train, held = (rows, given[0].rows) if given else split_rows(rows, data.eval_fraction, data.seed)
     write_jsonl(out / "train.jsonl", train)
     write_jsonl(out / "eval.jsonl", held)
-    report = DataReport(
-        sources=[dict(path=s.path, records=s.records, roles=s.roles, guessed=s.guessed, unused=s.unused) for s in sources],
-        counts=dict(records=sum(s.records for s in sources), kept=len(lengths), rejected=len(rejected), train=len(train), eval=len(held)),
-        findings=[*rejection_findings(rejected), *split_findings(train, held, None if given else data.eval_fraction)],
-        tokens=length_stats(lengths, contract.max_length), histogram=length_histogram(lengths),
-        rows_sha256=sha256(out / "train.jsonl", out / "eval.jsonl"), made_from=origin)
-    rows = random.Random(data.seed).sample(train, min(5, len(train)))
+    report = _report(sources, train, held, data, contract.max_length, made_from=origin,
+                     rows_sha256=sha256(out / "train.jsonl", out / "eval.jsonl"))
+    shown = random.Random(data.seed).sample(train, min(5, len(train)))
     with whole_file(out / "report.html") as f:
-        f.write(report_html(report, [clipped(encode(contract, tokenizer, messages_of(r))) for r in rows]))
+        f.write(report_html(report, [clipped(encode(contract, tokenizer, messages_of(r))) for r in shown]))
     write_json(out / "report.json", report.to_dict())
     return report
 
@@ -744,5 +785,5 @@ def load_rows(
 ) -> list:
     "The rows of one side."
     file = Path(out) / f"{side}.jsonl"
-    if not file.is_file(): raise InputError(f"there is no {file}; prepare the data first: qlora data SOURCE --out {out}")
+    if not file.is_file(): raise InputError(f"there is no {file}; make it with: qlora data SOURCE --out {out}")
     return read_jsonl(file)

@@ -7,7 +7,7 @@ __all__ = ['WANTED', 'FUSED', 'device', 'device_name', 'compute_dtype', 'adapter
            'keep_autograd', 'lora_targets', 'cast_adapter', 'add_adapter', 'Loaded', 'load_plain', 'load_run']
 
 # %% ../nbs/16_model.ipynb #160002
-import contextlib, os, shutil
+import contextlib, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,10 +114,12 @@ def load_base(
     quant: str = "nf4",              # `nf4`, or `none` for 16 bits
     double_quant: bool = True,       # quantise the quantisation constants too
     compute: str = "auto",           # precision of the forward pass: auto, bf16, fp16, fp32
-):                                   # a transformers model in eval mode, on this machine's device
+    where: str | None = None,        # device; None: the best this machine has
+):                                   # a transformers model in eval mode
     "A base model, frozen as it comes."
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+    if not sys.stderr.isatty(): logging.disable_progress_bar()
     folder, dtype = fetch(path, revision), compute_dtype(compute)
     try: ready_made = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None
     except (ValueError, OSError) as e:
@@ -127,7 +129,7 @@ def load_base(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, quantization_config=nf4 if quant == "nf4" and not ready_made else None,
-            device_map={"": device()}, attn_implementation="sdpa", local_files_only=True)
+            device_map={"": where or device()}, attn_implementation="sdpa", local_files_only=True)
     except OSError as e: raise InputError(f"{path} could not be loaded ({str(e).splitlines()[0]}); check that its weights are complete") from None
     keep_autograd(model)
     return model.eval()

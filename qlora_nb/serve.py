@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLDEST', 'log', 'COMMANDS', 'Engine', 'with_system', 'conversation', 'infer', 'GenerateRequest', 'GenerateResponse',
-           'Health', 'health', 'refuse', 'numbered_failures', 'bearer_check', 'make_app', 'is_loopback', 'listen',
-           'greeting', 'serve', 'Talk', 'command', 'say', 'chat']
+           'Health', 'health', 'refuse', 'numbered_failures', 'bearer_check', 'forms_are_json', 'make_app',
+           'is_loopback', 'listen', 'greeting', 'serve', 'Talk', 'command', 'say', 'chat']
 
 # %% ../nbs/40_serve.ipynb #400002
 import contextlib, hmac, ipaddress, json, logging, os, secrets, socket, threading, traceback, uuid
@@ -141,7 +141,7 @@ def numbered_failures():
     except Exception as e:
         number, where = uuid.uuid4().hex[:12], "".join(traceback.format_tb(e.__traceback__)).rstrip()
         log.error("request %s failed with %s\n%s", number, type(e).__name__, where)
-        raise HTTPException(500, f"the model failed on this request; the server's log says more under {number}") from None
+        raise HTTPException(500, f"the model failed on this request; the log says more under {number}") from None
 
 # %% ../nbs/40_serve.ipynb #400023
 def bearer_check(
@@ -156,6 +156,19 @@ def bearer_check(
             raise HTTPException(401, "send the header Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
     return check
 
+
+def forms_are_json(
+    app,  # an ASGI application
+):        # the same, for `app.add_middleware`
+    "Treat what a bare `curl -d` sends as JSON."
+    async def relabelled(scope, receive, send):
+        headers = dict(scope.get("headers", ()))
+        form = headers.get(b"content-type", b"").startswith(b"application/x-www-form-urlencoded")
+        if form and b"origin" not in headers:
+            scope = {**scope, "headers": list({**headers, b"content-type": b"application/json"}.items())}
+        await app(scope, receive, send)
+    return relabelled
+
 # %% ../nbs/40_serve.ipynb #400025
 def make_app(
     engine: Engine,
@@ -164,6 +177,7 @@ def make_app(
     from fastapi import Depends, FastAPI
     from fastapi.exceptions import RequestValidationError
     app = FastAPI(title="qlora_nb", version=qlora_nb.__version__, description="A fine-tuned model that answers.")
+    app.add_middleware(forms_are_json)
     app.add_exception_handler(InputError, refuse)
     app.add_exception_handler(RequestValidationError, refuse)
     key = os.environ.get("QLORA_API_KEY")
@@ -198,8 +212,8 @@ def listen(
     if not 0 <= port <= 65535: raise InputError(f"port {port} does not exist; choose one from 1 to 65535 with --port")
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
-        reason = os.strerror(e.errno) if e.errno and e.errno > 0 else e.strerror
-        raise InputError(f"cannot listen on {host} port {port} ({reason}); choose another with --port or --host") from None
+        reason = str(e.strerror).split(" (while")[0]  # socket appends the address, which stands here already
+        raise InputError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from None
 
 # %% ../nbs/40_serve.ipynb #400037
 def greeting(
@@ -212,7 +226,7 @@ def greeting(
     auth = ' -H "Authorization: Bearer $QLORA_API_KEY"' if with_key else ""
     body = json.dumps({"prompt": "What does os.path.join do?", "max_new_tokens": 64, "temperature": 0.7})
     return (f"Serving on {url} (pages to try it: {url}/docs). Ctrl-C stops it. Try:\n"
-            f"  curl {url}/generate{auth} -H 'Content-Type: application/json' -d '{body}'")
+            f"  curl {url}/generate{auth} -d '{body}'")
 
 
 def serve(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SKIPPED_MODULES', 'SUBMODULES', 'MAX_ANSWER', 'CORPUS_PACKAGES', 'VOCAB_SIZE', 'SPECIAL_TOKENS', 'TINY_TEMPLATE',
            'MAX_POSITIONS', 'stdlib_modules', 'belongs', 'documented_objects', 'first_paragraph', 'first_example',
-           'signature_of', 'describe_signature', 'object_rows', 'helpdesk_rows', 'harvest_file', 'harvest',
-           'train_tokenizer', 'tiny_config', 'tokenize_corpus', 'bits_per_byte', 'pretrain']
+           'signature_of', 'describe_signature', 'object_rows', 'build_rows', 'helpdesk_rows', 'harvest_file',
+           'harvest', 'train_tokenizer', 'tiny_config', 'tokenize_corpus', 'bits_per_byte', 'pretrain']
 
 # %% ../nbs/08_tiny_base.ipynb #080002
-import ast, builtins, contextlib, hashlib, importlib, inspect, io, json, re, sys, sysconfig, time, types, warnings
+import ast, contextlib, hashlib, importlib, inspect, io, json, re, subprocess, sys, sysconfig, time, warnings
 from pathlib import Path
 
 # %% ../nbs/08_tiny_base.ipynb #080003
@@ -159,18 +159,24 @@ def object_rows(
     return rows
 
 # %% ../nbs/08_tiny_base.ipynb #080029
-def helpdesk_rows(
-    objects: dict | None = None,  # qualified name -> object; all of the standard library by default
-) -> list:                        # rows sorted by group and question
-    "The help desk: questions and answers about the Python standard library, no answer twice."
+def build_rows(
+) -> list:  # rows sorted by group and question
+    "The rows as this process sees the standard library."
     rows, seen = [], set()
-    for name, obj in (objects or documented_objects()).items():
+    for name, obj in documented_objects().items():
         for row in object_rows(name, obj):
             key = row["output"].casefold()
             if key not in seen and "0x" not in key: seen.add(key); rows.append(row)
     return sorted(rows, key=lambda r: (r["group"], r["instruction"], r["output"]))
 
-# %% ../nbs/08_tiny_base.ipynb #080032
+# %% ../nbs/08_tiny_base.ipynb #080031
+def helpdesk_rows(
+) -> list:  # of {"instruction", "input", "output", "group"}, sorted by group and question
+    "The help desk: questions and answers about the Python standard library, no answer twice."
+    code = "import json; from qlora_nb.tiny_base import build_rows; print(json.dumps(build_rows()))"
+    return json.loads(subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=True).stdout)
+
+# %% ../nbs/08_tiny_base.ipynb #080034
 CORPUS_PACKAGES = ("numpy", "scipy", "pandas", "sklearn", "matplotlib", "sympy", "networkx", "nltk", "PIL", "mpmath")
 
 
@@ -194,7 +200,7 @@ def harvest_file(
     visit(tree, module)
     return docs
 
-# %% ../nbs/08_tiny_base.ipynb #080034
+# %% ../nbs/08_tiny_base.ipynb #080036
 def harvest(
     packages: tuple = CORPUS_PACKAGES,  # names of installed packages
 ) -> list:                              # distinct texts, in a fixed order
@@ -212,7 +218,7 @@ def harvest(
                 if len(body) > 60 and body not in stdlib: texts.setdefault(body, text)
     return list(texts.values())
 
-# %% ../nbs/08_tiny_base.ipynb #080037
+# %% ../nbs/08_tiny_base.ipynb #080039
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]")
 TINY_TEMPLATE = (
@@ -242,7 +248,7 @@ def train_tokenizer(
         extra_special_tokens=["[INST]", "[/INST]"], chat_template=TINY_TEMPLATE, clean_up_tokenization_spaces=False,
         padding_side="left", model_max_length=MAX_POSITIONS)
 
-# %% ../nbs/08_tiny_base.ipynb #080039
+# %% ../nbs/08_tiny_base.ipynb #080042
 MAX_POSITIONS = 2048
 
 
@@ -257,7 +263,7 @@ def tiny_config(
         sliding_window=None, tie_word_embeddings=True, initializer_range=0.02,
         bos_token_id=1, eos_token_id=2, pad_token_id=3, dtype="bfloat16")
 
-# %% ../nbs/08_tiny_base.ipynb #080040
+# %% ../nbs/08_tiny_base.ipynb #080045
 def tokenize_corpus(
     texts: list,      # documents
     tokenizer,        # as `train_tokenizer` returns it
@@ -275,7 +281,7 @@ def tokenize_corpus(
     cat = lambda s: torch.from_numpy(np.concatenate(s).astype(np.int64))
     return cat(streams[False]), cat(streams[True]), sum(len(t.encode()) for t in texts if is_held(t))
 
-# %% ../nbs/08_tiny_base.ipynb #080041
+# %% ../nbs/08_tiny_base.ipynb #080046
 def bits_per_byte(
     model,
     ids,             # 1-D tensor of token ids
@@ -291,7 +297,7 @@ def bits_per_byte(
             if x.shape[1] > 1: total += model(x, labels=x).loss.item() * (x.shape[1] - 1)
     return total / math.log(2) / n_bytes
 
-# %% ../nbs/08_tiny_base.ipynb #080043
+# %% ../nbs/08_tiny_base.ipynb #080049
 def pretrain(
     out: Path,                    # folder for model, tokenizer and `training.json`
     texts: list,                  # documents

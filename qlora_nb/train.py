@@ -6,16 +6,16 @@
 __all__ = ['plan', 'make_data', 'encoded_rows', 'trainer_arguments', 'make_trainer', 'fit', 'summarise', 'save_adapter']
 
 # %% ../nbs/20_train.ipynb #200003
-import hashlib, json, time
+import json, tempfile, time
 from pathlib import Path
 
 # %% ../nbs/20_train.ipynb #200004
 from .config import Run, RunConfig, compose, load_secrets, read_json, start_run, write_json
 from .contract import IGNORED, Contract, encode, make_contract, messages_of
 from .data import load_rows, prepare
-from .vram_budget import Budget, InputError, ModelShape, load_shape, predict
+from .vram_budget import Budget, InputError, load_shape, predict
 
-# %% ../nbs/20_train.ipynb #200008
+# %% ../nbs/20_train.ipynb #200009
 def plan(
     run: Run,
     config: RunConfig,
@@ -34,7 +34,7 @@ def plan(
     write_json(run.budget_file, {**old, "predicted": budget.to_dict(), "peak_bytes": budget.peak_bytes})
     return budget
 
-# %% ../nbs/20_train.ipynb #200011
+# %% ../nbs/20_train.ipynb #200012
 def make_data(
     run: Run,
     config: RunConfig,
@@ -43,12 +43,12 @@ def make_data(
     from qlora_nb.model import load_tokenizer
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     contract = make_contract(tokenizer, config)
-    if run.contract_file.exists() and (old := Contract.load(run.contract_file)) != contract:
+    if run.config_file.exists() and run.contract_file.exists() and (old := Contract.load(run.contract_file)) != contract:
         differs = [k for k, v in contract.model_dump().items() if v != getattr(old, k)]
         raise InputError(f"{run.contract_file} was made with another {', '.join(differs)}; choose another folder with --run")
-    contract.save(run.contract_file)
     report = prepare(config.data, contract, tokenizer, run.data)
-    run.record(config, data_sha256=report.sha256)
+    contract.save(run.contract_file)
+    run.record(config, data_sha256=report.rows_sha256)
     return report
 
 
@@ -66,7 +66,7 @@ def encoded_rows(
                              "write the data again: delete the run's data folder")
     return Dataset.from_list([dict(input_ids=s.input_ids, labels=s.labels, length=len(s)) for s in samples])
 
-# %% ../nbs/20_train.ipynb #200017
+# %% ../nbs/20_train.ipynb #200018
 def trainer_arguments(
     run: Run,
     config: RunConfig,
@@ -93,7 +93,7 @@ def trainer_arguments(
         length_column_name="length", max_length=None, pad_to_multiple_of=8, seed=t.seed, data_seed=t.seed,
         report_to="tensorboard", disable_tqdm=True, dataloader_pin_memory=device() == "cuda")
 
-# %% ../nbs/20_train.ipynb #200019
+# %% ../nbs/20_train.ipynb #200020
 def make_trainer(
     run: Run,
     config: RunConfig,
@@ -105,7 +105,7 @@ def make_trainer(
     from transformers import EarlyStoppingCallback, PrinterCallback
     from qlora_nb.checkpoint import ResumableTrainer
     from qlora_nb.model import add_adapter, compute_dtype, load_base, load_tokenizer
-    from qlora_nb.monitor import MetricsLog
+    from qlora_nb.monitor import MetricsLog, StopOnSignal
     model, contract = config.model, Contract.load(run.contract_file)
     tokenizer = load_tokenizer(model.path, model.revision)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
@@ -116,11 +116,12 @@ def make_trainer(
         add_adapter(base, config.train.lora, config.train.seed),
         trainer_arguments(run, config, compute_dtype(model.compute_dtype), len(data["train"])),
         train_dataset=data["train"], eval_dataset=data["eval"], processing_class=tokenizer,
-        callbacks=[MetricsLog(run, meter, say), EarlyStoppingCallback(config.train.patience)])
+        callbacks=[MetricsLog(run, meter, say), EarlyStoppingCallback(config.train.patience), stop := StopOnSignal(say)])
     trainer.remove_callback(PrinterCallback)
+    trainer.stop_on_signal = stop
     return trainer
 
-# %% ../nbs/20_train.ipynb #200020
+# %% ../nbs/20_train.ipynb #200021
 def fit(
     run: Run,
     config: RunConfig,
@@ -136,7 +137,8 @@ def fit(
     if resume: say(f"going on from {resume}")
     with MemoryMeter() as meter:
         trainer = make_trainer(run, config, meter, say)
-        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.stop_on_signal.stopped: raise KeyboardInterrupt
     summary = summarise(run, config, trainer, meter, time.monotonic() - start)
     save_adapter(run, trainer)
     write_json(run.budget_file, {**read_json(run.budget_file), "measured_peak_bytes": meter.peak_bytes})
@@ -144,7 +146,7 @@ def fit(
     say(f"trained {summary['steps']} steps; {summary['ended']}; adapter in {run.adapter}")
     return summary
 
-# %% ../nbs/20_train.ipynb #200021
+# %% ../nbs/20_train.ipynb #200022
 def summarise(run: Run, config: RunConfig, trainer, meter, seconds: float) -> dict:
     "The facts of a finished training."
     state, logs = trainer.state, [m for m in trainer.state.log_history]

@@ -42,9 +42,19 @@ def test_requirements_pin_what_settings_ask_for():
         assert need.specifier.contains(pins[canonicalize_name(need.name)].removeprefix("==")), line
 
 
+def test_pins_accept_the_oldest_python():
+    "Debian 12 has 3.11.2, and a package may ask for 3.11.5."
+    from importlib.metadata import distributions
+    from packaging.specifiers import SpecifierSet
+    oldest = settings()["min_python"] + ".2"
+    asks = {d.metadata["Name"]: d.metadata.get("Requires-Python") or "" for d in distributions()}
+    assert not {name: ask for name, ask in asks.items() if not SpecifierSet(ask).contains(oldest)}
+
+
 def test_import_is_light():
     "`import qlora_nb` loads no heavy library and takes its version from settings.ini."
-    code = "import sys, qlora_nb; print(qlora_nb.__version__, {'torch', 'transformers', 'numpy'} & set(sys.modules) or '')"
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    code = f"import sys, qlora_nb; print(qlora_nb.__version__, {heavy} & set(sys.modules) or '')"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.strip() == settings()["version"]
 
@@ -54,12 +64,13 @@ def test_title_cell_holds_only_title_and_promise(path):
     "nbdev turns that whole cell into the page's title and description, so any prose in it would be lost from the docs."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     title = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    assert re.fullmatch(r"# [^\n]+(\n\n> [^\n]+)?", title.strip()), f"move the prose under the promise to its own cell: {title}"
+    bare = re.fullmatch(r"# [^\n]+(\n\n> [^\n]+)?", title.strip())
+    assert bare, f"a title and a one-line promise; the rest goes into a cell of its own:\n{title}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_imports_stand_in_cells_of_their_own(path):
-    "The docs build runs each cell that imports, so one that also computes would run there, without what came before it."
+    "The docs build runs each cell that imports: one that also computes would run there, without what came before."
     mixed = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])

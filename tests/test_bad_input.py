@@ -1,0 +1,55 @@
+"Bad input is one line on stderr that names the fix, exit code 2, and nothing is lost."
+import json
+
+import pytest
+from conftest import qlora
+
+GOOD = '{"question": "What is it?", "answer": "It is a thing."}\n{"question": "Why?", "answer": "Because."}\n'
+CASES = {
+    "missing file": (["train", "--run", "r", "data.path=rwos.jsonl"], "did you mean rows.jsonl?"),
+    "empty CSV": (["train", "--run", "r", "data.path=empty.csv"], "holds no rows"),
+    "no answer column": (["train", "--run", "r", "data.path=names.csv"], "name it with --map output=COLUMN"),
+    "misspelt key": (["train", "--run", "r", "train.lora.rnak=8"], "did you mean train.lora.r"),
+    "misspelt model": (["train", "--run", "r", "model=mistral7b"], "did you mean mistral-7b?"),
+    "rank zero": (["train", "--run", "r", "train.lora.r=0"], "change train.lora.r"),
+    "no override": (["train", "--run", "r", "tiny"], "write key=value"),
+    "no config file": (["train", "--run", "r", "--config", "no.yaml"], "give --config an existing YAML file"),
+    "folder of others": (["train", "--run", "full", "model=tiny"], "choose another folder with --run"),
+    "model offline": (["train", "--run", "r", "model=mistral-7b", "data.path=rows.jsonl"], "hf download"),
+    "not a run": (["eval", "nowhere"], "qlora train --run nowhere"),
+    "unknown budget": (["budget", "mistral7b"], "mistral-7b"),
+    "unknown data": (["data", "rwos.jsonl", "--out", "d"], "did you mean rows.jsonl?"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(GOOD)
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "names.csv").write_text("first,last\nAda,Lovelace\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("do not touch")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_that_names_the_fix(folder, name):
+    command, fix = CASES[name]
+    done = qlora(*command, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert fix in done.stderr and done.stderr.startswith("qlora: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not (folder / "r" / "config.yaml").exists()  # the corrected command may use the same folder
+    assert (folder / "full" / "thesis.txt").read_text() == "do not touch"
+
+
+def test_the_corrected_command_works_in_the_same_folder(folder):
+    assert qlora("train", "--run", "r", "model=tiny", "data.path=names.csv", cwd=folder).returncode == 2
+    done = qlora("train", "--run", "r", "model=tiny", "data.path=rows.jsonl", "--dry-run", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["config"]["data"]["path"] == "rows.jsonl" and plan["rows"][0]["labels"][-1] == plan["rows"][0]["input_ids"][-1]
+
+
+def test_debug_shows_the_traceback(folder):
+    done = qlora("train", "--run", "r", "train.lora.r=0", "--debug", cwd=folder)
+    assert done.returncode == 1 and "Traceback" in done.stderr

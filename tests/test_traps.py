@@ -1,0 +1,55 @@
+"The two faults that spoil a fine-tune without a sign, on the trainer as `qlora train` builds it."
+import json
+
+import pytest
+import torch
+from qlora_nb.config import compose, start_run
+from qlora_nb.contract import IGNORED, Contract
+from qlora_nb.monitor import MemoryMeter
+from qlora_nb.train import make_data, make_trainer, plan
+
+LONG = "It is a very long answer. " * 40
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    "A trainer on 40 short rows and 10 that are longer than max_length."
+    folder = tmp_path_factory.mktemp("traps")
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}. " + LONG * (n % 5 == 0)} for n in range(50)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = compose(["model=tiny", f"data.path={folder / 'rows.jsonl'}", "data.max_length=64", "train.micro_batch=4"])
+    run = start_run(folder / "run", config)
+    plan(run, config)
+    report = make_data(run, config)
+    assert report.counts["kept"] == 40 and report.counts["rejected"] == 10
+    return make_trainer(run, config, MemoryMeter(), say=lambda line: None), Contract.load(run.contract_file), report
+
+
+def test_every_trained_row_ends_in_a_trained_eos(trainer):
+    trainer, contract, report = trainer
+    seen = 0
+    for batch in [*trainer.get_train_dataloader(), *trainer.get_eval_dataloader()]:
+        for ids, labels in zip(batch["input_ids"], batch["labels"]):
+            trained = labels[labels != IGNORED]
+            assert trained[-1] == contract.eos_token_id and (trained == contract.eos_token_id).sum() == 1
+            assert len(ids[ids != contract.pad_token_id]) <= 64
+            seen += 1
+    assert seen == report.counts["kept"]
+
+
+def gradients(trainer, batch):
+    trainer.model.train()
+    trainer.model.zero_grad()
+    torch.manual_seed(0)
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def test_gradients_are_the_same_after_an_evaluation(trainer):
+    trainer = trainer[0]
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = gradients(trainer, batch)
+    trainer.evaluate()
+    after = gradients(trainer, batch)
+    assert before.abs().max() > 0
+    assert torch.equal(before, after)
