@@ -30,13 +30,14 @@ CONF = Path(qlora_nb.__file__).parent / "conf"
 
 @contextlib.contextmanager
 def whole_file(
-    path: Path,  # where the file will stand
-):               # yields an open text file
+    path: Path,            # where the file will stand
+    binary: bool = False,
+):                         # yields an open file
     "Write a file that appears at `path` complete or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8", newline="\n") as f:
+    with open(part, "wb") if binary else open(part, "w", encoding="utf-8", newline="\n") as f:
         yield f
         f.flush(); os.fsync(f.fileno())
     os.replace(part, path)
@@ -113,7 +114,7 @@ class EvalSection(Section):
     "How the tuned model is measured against its base."
     rows: int = Field(200, ge=1)                 # rows answered by generation
     max_new_tokens: int = Field(128, ge=1)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(4, ge=1)
     seed: int = 42
 
 
@@ -259,7 +260,7 @@ def _chosen_groups(given: dict) -> dict:
     "The group choices with those defaults filled in that depend on other settings."
     groups = {g: given[g] for g in GROUPS if g in given}
     groups.setdefault("model", "mistral-7b" if has_cuda() else "tiny")
-    groups.setdefault("train", "tiny" if groups["model"] == "tiny" else "default")
+    for group in ("train", "eval"): groups.setdefault(group, "tiny" if groups["model"] == "tiny" else "default")
     groups.setdefault("data", "pydoc" if given.get("data.path", "pydoc") == "pydoc" else "file")
     for group, choice in groups.items():
         if choice in choices(group): continue

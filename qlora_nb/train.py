@@ -13,23 +13,25 @@ from pathlib import Path
 from .config import Run, RunConfig, compose, load_secrets, read_json, start_run, write_json
 from .contract import IGNORED, Contract, encode, make_contract, messages_of
 from .data import load_rows, prepare
-from .vram_budget import Budget, InputError, load_shape, predict
+from .vram_budget import Budget, InputError, predict
 
 # %% ../nbs/20_train.ipynb #200009
 def plan(
     run: Run,
     config: RunConfig,
+    longest: int | None = None,  # tokens of the longest row; None: as many as `data.max_length` allows
 ) -> Budget:
     "Predict the training peak and write it to budget.json."
-    from qlora_nb.model import adapter_dtype, compute_dtype, device, fetch
+    from qlora_nb.model import adapter_dtype, compute_dtype, device, shape_of
     train, model = config.train, config.model
     compute = compute_dtype(model.compute_dtype)
-    shape = load_shape(str(fetch(model.path, model.revision)))
+    rows_differ = train.micro_batch > 1  # in length, so that attention needs a mask
     budget = predict(
-        shape, seq_len=config.data.max_length, micro_batch=train.micro_batch, rank=train.lora.r, targets=train.lora.targets,
-        quant=model.quant, double_quant=model.double_quant, optimizer=train.optimizer,
-        checkpointing=train.activation_checkpointing, compute_bytes=compute.itemsize,
-        lora_bytes=adapter_dtype(compute).itemsize, device=device())
+        shape_of(model.path, model.revision), seq_len=-(-(longest or config.data.max_length) // 8) * 8,
+        micro_batch=train.micro_batch, rank=train.lora.r, targets=tuple(train.lora.targets),
+        quant="nf4" if model.quant == "nf4" else "bf16", double_quant=model.double_quant, optimizer=train.optimizer,
+        checkpointing=train.activation_checkpointing, compute_bytes=compute.itemsize, autocast=compute.itemsize == 2,
+        lora_bytes=adapter_dtype(compute).itemsize, lora_dropout=train.lora.dropout, padded=rows_differ, device=device())
     old = read_json(run.budget_file) if run.budget_file.exists() else {}
     write_json(run.budget_file, {**old, "predicted": budget.to_dict(), "peak_bytes": budget.peak_bytes})
     return budget
@@ -66,7 +68,7 @@ def encoded_rows(
                              "write the data again: delete the run's data folder")
     return Dataset.from_list([dict(input_ids=s.input_ids, labels=s.labels, length=len(s)) for s in samples])
 
-# %% ../nbs/20_train.ipynb #200018
+# %% ../nbs/20_train.ipynb #200020
 def trainer_arguments(
     run: Run,
     config: RunConfig,
@@ -93,7 +95,7 @@ def trainer_arguments(
         length_column_name="length", max_length=None, pad_to_multiple_of=8, seed=t.seed, data_seed=t.seed,
         report_to="tensorboard", disable_tqdm=True, dataloader_pin_memory=device() == "cuda")
 
-# %% ../nbs/20_train.ipynb #200020
+# %% ../nbs/20_train.ipynb #200022
 def make_trainer(
     run: Run,
     config: RunConfig,
@@ -121,7 +123,7 @@ def make_trainer(
     trainer.stop_on_signal = stop
     return trainer
 
-# %% ../nbs/20_train.ipynb #200021
+# %% ../nbs/20_train.ipynb #200023
 def fit(
     run: Run,
     config: RunConfig,
@@ -146,7 +148,7 @@ def fit(
     say(f"trained {summary['steps']} steps; {summary['ended']}; adapter in {run.adapter}")
     return summary
 
-# %% ../nbs/20_train.ipynb #200022
+# %% ../nbs/20_train.ipynb #200024
 def summarise(run: Run, config: RunConfig, trainer, meter, seconds: float) -> dict:
     "The facts of a finished training."
     state, logs = trainer.state, [m for m in trainer.state.log_history]

@@ -7,9 +7,10 @@ __all__ = ['FAMILIES', 'REQUIRED', 'MODELS', 'BLOCK', 'SECOND_BLOCK', 'OPTIMIZER
            'TILE_WORDS', 'LABELS', 'OVERHEAD_BYTES', 'LEVERS', 'GROUPS', 'InputError', 'ModelShape',
            'shape_from_config', 'catalogue', 'read_config', 'load_shape', 'Linear', 'linears', 'parameters',
            'quantised_parameters', 'nf4_bytes', 'Settings', 'check_settings', 'targeted', 'adapter_tensors',
-           'lora_parameters', 'optimizer_bytes', 'has_mask', 'input_bytes', 'attention_bytes', 'kept_by_block',
-           'weight_copy', 'has_adapter', 'down_input', 'recompute_moments', 'backward_moments', 'activation_bytes',
-           'loss_bytes', 'Budget', 'budget_table', 'weight_bytes', 'predict', 'waterfall', 'plot_budgets']
+           'lora_parameters', 'optimizer_bytes', 'has_mask', 'converts', 'input_bytes', 'attention_bytes',
+           'kept_by_block', 'weight_copy', 'has_adapter', 'down_input', 'converted_input', 'recompute_moments',
+           'backward_moments', 'activation_bytes', 'loss_bytes', 'Budget', 'budget_table', 'weight_bytes', 'predict',
+           'waterfall', 'plot_budgets']
 
 # %% ../nbs/00_vram_budget.ipynb #000002
 import difflib, json
@@ -274,12 +275,16 @@ def has_mask(shape: ModelShape, s: Settings) -> bool:
     return s.padded or bool(shape.sliding_window and s.seq_len >= shape.sliding_window)
 
 
+def converts(s: Settings) -> bool:
+    "Whether each adapter converts its input to its own precision."
+    return s.lora_bytes != s.compute_bytes and not (s.autocast and s.device == "cuda") and not s.full_finetune
+
+
 def input_bytes(shape: ModelShape, s: Settings, layer: Linear) -> int:
     "What one adapter keeps of its input alone: its own copy and dropout mask; 0 where adapters share the original."
-    cast = s.lora_bytes != s.compute_bytes and not (s.autocast and s.device == "cuda")
-    if not (s.lora_dropout or cast) or s.full_finetune: return 0
+    if not (s.lora_dropout or converts(s)) or s.full_finetune: return 0
     copy = s.compute_bytes if s.autocast else s.lora_bytes
-    mask = 1 if s.device == "cuda" else s.lora_bytes if cast else s.compute_bytes
+    mask = 1 if s.device == "cuda" else s.lora_bytes if converts(s) else s.compute_bytes
     return s.tokens * layer.in_features * (copy + (mask if s.lora_dropout else 0))
 
 
@@ -325,33 +330,43 @@ def down_input(shape: ModelShape, s: Settings) -> int:
     return input_bytes(shape, s, down) or s.tokens * s.compute_bytes * down.in_features
 
 # %% ../nbs/00_vram_budget.ipynb #000040
+def converted_input(s: Settings, layer: Linear) -> int:
+    "Bytes of a layer's input in its adapter's precision, if that is another one."
+    return s.tokens * layer.in_features * s.lora_bytes if converts(s) else 0
+
+
 def recompute_moments(shape: ModelShape, s: Settings) -> dict:
     "Bytes alive at the two peaks of running a block again."
     h, i = (s.tokens * s.compute_bytes * w for w in (shape.hidden_size, shape.intermediate_size))
     entry, down = linears(shape)[-2:]
     kept, kept_down = sum(kept_by_block(shape, s).values()), down_input(shape, s)
-    out = s.tokens * s.compute_bytes * entry.out_features
+    side = s.tokens * (s.lora_bytes if converts(s) and not s.autocast else s.compute_bytes)  # of an adapter's output
     own = any(input_bytes(shape, s, l) for l in linears(shape))
-    around = 3 * h + own * h  # residual, incoming gradient and its scaled copy; the norm's output if nobody keeps it
+    around = 2 * h + side * shape.hidden_size + own * h  # residual, gradient, its scaled copy; norm's output if not kept
     before = kept - kept_down - (3 * i if shape.fused else i)
-    adapter = 2 * out if has_adapter(shape, s, entry) else 0
+    adapter = 2 * side * entry.out_features if has_adapter(shape, s, entry) else 0
+    out = s.tokens * s.compute_bytes * entry.out_features
     moments = {f"recompute {entry.name}": before + around + out + max(adapter, weight_copy(s, entry))}
     if kept_down:  # else nothing from here on is needed again, and torch stops
-        moments["recompute down_proj"] = kept - kept_down + i + around + h + max(weight_copy(s, down), kept_down - i)
+        passing = converted_input(s, down) * (bool(s.lora_dropout) + s.autocast) + kept_down - i
+        moments["recompute down_proj"] = kept - kept_down + i + around + h + max(weight_copy(s, down), passing)
     return moments
 
-
+# %% ../nbs/00_vram_budget.ipynb #000041
 def backward_moments(shape: ModelShape, s: Settings) -> dict:
     "Bytes alive at the peaks of a block's backward pass."
     h, i = (s.tokens * s.compute_bytes * w for w in (shape.hidden_size, shape.intermediate_size))
     entry, down = linears(shape)[-2:]
-    kept = sum(kept_by_block(shape, s).values()) - down_input(shape, s)
-    through = i if has_adapter(shape, s, down) else 0
+    total, kept_down, wide = sum(kept_by_block(shape, s).values()), down_input(shape, s), converted_input(s, down)
+    kept, through = total - kept_down, i if has_adapter(shape, s, down) else 0
     moments = {"backward down_proj": kept + h + through + i + max(through, weight_copy(s, down))}
-    if shape.fused: moments[f"backward {entry.name}"] = kept - 3 * i + 2 * i + weight_copy(s, entry) + 3 * h
+    if kept_down and wide and s.lora_dropout:
+        moments["backward down_proj's adapter"] = total + h + 2 * wide - (i if s.autocast else wide)
+    if shape.fused:  # the MLP's three values are gone, a gradient two wide has come
+        moments[f"backward {entry.name}"] = kept - 3 * i + 2 * i + weight_copy(s, entry) + 3 * h
     return moments
 
-# %% ../nbs/00_vram_budget.ipynb #000042
+# %% ../nbs/00_vram_budget.ipynb #000043
 def activation_bytes(
     shape: ModelShape,
     s: Settings,
@@ -364,7 +379,7 @@ def activation_bytes(
     block = sum(kept_by_block(shape, s).values())
     return shape.num_hidden_layers * block + mask, max(0, max(backward_moments(shape, s).values()) - block)
 
-# %% ../nbs/00_vram_budget.ipynb #000045
+# %% ../nbs/00_vram_budget.ipynb #000046
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's chunked log-probabilities
 
 
@@ -376,7 +391,7 @@ def loss_bytes(shape: ModelShape, s: Settings) -> int:
     tile = rows * TILE_WORDS * b if s.device == "cuda" else rows * words * (b + 7 * 4 + 1)
     return tile + hidden * (4 + 4 + b)  # the norm's input and the gradient in 32 bits, the norm's output
 
-# %% ../nbs/00_vram_budget.ipynb #000048
+# %% ../nbs/00_vram_budget.ipynb #000049
 LABELS = {
     "base_4bit": ("Base weights in NF4", "exact"),
     "quant_constants": ("Their quantisation constants", "exact"),
@@ -391,7 +406,7 @@ LABELS = {
 }
 OVERHEAD_BYTES = {"cuda": 600 * 2**20, "mps": 0, "cpu": 0}  # assumed, not measured
 
-# %% ../nbs/00_vram_budget.ipynb #000049
+# %% ../nbs/00_vram_budget.ipynb #000050
 @dataclass(frozen=True, repr=False)
 class Budget:
     "The predicted memory peak of a training run, by component."
@@ -424,7 +439,7 @@ class Budget:
 
     def _repr_markdown_(self) -> str: return budget_table({f"{self.shape}, MiB": self}, basis=True)
 
-# %% ../nbs/00_vram_budget.ipynb #000050
+# %% ../nbs/00_vram_budget.ipynb #000051
 def budget_table(
     budgets: dict,         # column title: `Budget`
     basis: bool = False,   # say how each row is known
@@ -443,7 +458,7 @@ def budget_table(
         lines.append(row("of it can be paged out, GB", *moved, *known("")))
     return "\n".join(lines)
 
-# %% ../nbs/00_vram_budget.ipynb #000051
+# %% ../nbs/00_vram_budget.ipynb #000052
 def weight_bytes(shape: ModelShape, s: Settings) -> dict:
     "The frozen or trained weights of the base, by precision."
     total = sum(parameters(shape).values())
@@ -472,7 +487,7 @@ def predict(
         "loss": max(0, loss_bytes(shape, s) - room), "overhead": OVERHEAD_BYTES[s.device]}
     return Budget(shape.name, asdict(s), {"parameters": total, "lora_parameters": adapter}, components, pageable)
 
-# %% ../nbs/00_vram_budget.ipynb #000065
+# %% ../nbs/00_vram_budget.ipynb #000066
 LEVERS = {
     "full fine-tune, 16 bits": dict(
         full_finetune=True, quant="bf16", optimizer="adamw_mixed", checkpointing=False, fused_loss=False),
@@ -496,7 +511,7 @@ def waterfall(
         steps[name] = predict(shape, **settings)
     return steps
 
-# %% ../nbs/00_vram_budget.ipynb #000067
+# %% ../nbs/00_vram_budget.ipynb #000068
 GROUPS = {"weights": ("base_4bit", "quant_constants", "base_16bit"), "trained": ("lora", "gradients", "optimizer"),
           "activations, loss": ("checkpoints", "layer", "loss"), "overhead": ("overhead",)}
 
