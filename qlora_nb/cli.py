@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'RunDir', 'Overrides', 'Json', 'NewRun', 'Again', 'ConfigFile', 'main', 'complain', 'quiet',
-           'leaves_on_interrupt', 'run_folder', 'show_table', 'show_budget', 'budget', 'data', 'evaluate', 'infer',
-           'chat', 'serve', 'merge', 'notebook_path', 'run_notebook', 'pipeline']
+           'leaves_on_interrupt', 'run_folder', 'show_table', 'show_budget', 'budget', 'data', 'train', 'evaluate',
+           'infer', 'chat', 'serve', 'merge', 'notebook_path', 'run_notebook', 'pipeline', 'run_all', 'demo']
 
 # %% ../nbs/90_cli.ipynb #900002
 import contextlib, errno, json, os, shutil, sys, time
@@ -177,8 +177,7 @@ def _show_data(report, out) -> None:
 def train(
     overrides: Overrides = None,
     run: NewRun = None,
-    config: Again = Annotated[bool, typer.Option("--again", help="delete the run folder and start over")]
-ConfigFile = None,
+    config: ConfigFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show settings, budget and first rows; train nothing")] = False,
     as_json: Json = False,
 ):
@@ -369,8 +368,7 @@ def _summary(run, report: dict, seconds: float) -> None:
 def run_all(
     overrides: Overrides = None,
     run: NewRun = None,
-    config: Again = Annotated[bool, typer.Option("--again", help="delete the run folder and start over")]
-ConfigFile = None,
+    config: ConfigFile = None,
     again: Again = False,
 ):
     """Data, training, evaluation and answers in one go; the same command goes on where it stopped.
