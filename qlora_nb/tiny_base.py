@@ -133,27 +133,23 @@ def describe_signature(
     return "; ".join(parts) + "."
 
 # %% ../nbs/08_tiny_base.ipynb #080027
-def _kind(obj) -> str:
-    if isinstance(obj, type): return "exception" if issubclass(obj, BaseException) else "class"
-    return "property" if isinstance(obj, property) else "function"
-
-
 def object_rows(
-    name: str,    # qualified name, such as `os.path.join`
+    name: str,        # qualified name, such as `os.path.join`
     obj: object,
-) -> list:        # of {"instruction", "input", "output", "group"}
+    others: list,     # names of the same module, from which the wrong choices are drawn
+) -> list:            # of {"instruction", "input", "output", "group"}
     "The questions and answers that one documented object gives."
     doc = inspect.cleandoc(obj.__doc__)
-    text, example, sig, kind = first_paragraph(doc), first_example(doc), signature_of(obj), _kind(obj)
+    text, example, sig = first_paragraph(doc), first_example(doc), signature_of(obj)
     row = lambda instruction, input, output: dict(instruction=instruction, input=input, output=output, group=name)
     rows = []
     if len(text) >= 40:
-        ask = f"What is {name}?" if kind == "class" else f"What does {name} do?"
+        ask = f"What is {name}?" if isinstance(obj, type) else f"What does {name} do?"
         rows.append(row(ask, "", f"{text}\n\nExample:\n{example}" if example else text))
         summary = re.split(r"(?<=[a-z)])\. ", text)[0].rstrip(".")
-        module, _, last = name.rpartition(".")
-        if module in stdlib_modules() and len(summary) <= 160 and last.lower() not in summary.lower():
-            rows.append(row(f"Which {kind} of {module} is this?", summary + ".", f"That is {name}."))
+        choice = sorted([name, *sorted({*others} - {name}, key=lambda o: hashlib.sha256(f"{name} {o}".encode()).digest())[:2]])
+        if len(choice) == 3 and len(summary) <= 160 and name.rpartition(".")[2].lower() not in summary.lower():
+            rows.append(row(f"Which of {choice[0]}, {choice[1]} and {choice[2]} is this?", summary + ".", f"That is {name}."))
     if sig and len(f"{name}{sig}") <= 160 and len(answer := describe_signature(sig)) <= MAX_ANSWER:
         rows.append(row(f"What arguments does {name} take?", f"{name}{sig}".replace("=Ellipsis", "=..."), answer))
     return rows
@@ -162,9 +158,10 @@ def object_rows(
 def build_rows(
 ) -> list:  # rows sorted by group and question
     "The rows as this process sees the standard library."
-    rows, seen = [], set()
-    for name, obj in documented_objects().items():
-        for row in object_rows(name, obj):
+    objects, modules, rows, seen = documented_objects(), {*stdlib_modules()}, [], set()
+    others = {m: [n for n in objects if n.rpartition(".")[0] == m] for m in modules}
+    for name, obj in objects.items():
+        for row in object_rows(name, obj, others.get(name.rpartition(".")[0], [])):
             key = row["output"].casefold()
             if key not in seen and "0x" not in key: seen.add(key); rows.append(row)
     return sorted(rows, key=lambda r: (r["group"], r["instruction"], r["output"]))

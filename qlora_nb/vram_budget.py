@@ -210,7 +210,7 @@ class Settings:
     @property
     def tokens(self) -> int: return self.seq_len * self.micro_batch
 
-
+# %% ../nbs/00_vram_budget.ipynb #000027
 def check_settings(s: Settings):
     "An `InputError` for the first setting that cannot be."
     for key in ("seq_len", "micro_batch", "rank"):
@@ -224,7 +224,7 @@ def check_settings(s: Settings):
     if s.full_finetune and s.quant != "bf16":
         raise InputError(f"full_finetune cannot train weights in {s.quant}; use quant=bf16, or adapters")
 
-# %% ../nbs/00_vram_budget.ipynb #000029
+# %% ../nbs/00_vram_budget.ipynb #000030
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
          "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
@@ -254,7 +254,7 @@ def lora_parameters(shape: ModelShape, r: int = 16, targets=None) -> int:
     "The number of parameters that LoRA trains."
     return sum(adapter_tensors(shape, r, targets))
 
-# %% ../nbs/00_vram_budget.ipynb #000032
+# %% ../nbs/00_vram_budget.ipynb #000033
 def optimizer_bytes(
     tensors: list,           # elements of each trained tensor
     optimizer: str,          # one of `OPTIMIZERS`
@@ -269,7 +269,7 @@ def optimizer_bytes(
     moved = sum(state(n) for n in tensors if n >= 100_000) if paged and device == "cuda" else 0
     return sum(map(state, tensors)), moved
 
-# %% ../nbs/00_vram_budget.ipynb #000035
+# %% ../nbs/00_vram_budget.ipynb #000036
 def has_mask(shape: ModelShape, s: Settings) -> bool:
     "Whether attention is given an explicit mask: for padding, or for a window shorter than the row."
     return s.padded or bool(shape.sliding_window and s.seq_len >= shape.sliding_window)
@@ -312,7 +312,7 @@ def kept_by_block(shape: ModelShape, s: Settings) -> dict:
     return {"norms": norms, "attention": attention_bytes(shape, s), "mlp": 3 * n * b * shape.intermediate_size,
             "adapter inputs": own or shared, "adapter middles": 0 if s.full_finetune else n * b * s.rank * len(chosen)}
 
-# %% ../nbs/00_vram_budget.ipynb #000039
+# %% ../nbs/00_vram_budget.ipynb #000040
 def weight_copy(s: Settings, layer: Linear) -> int:
     "Bytes of a layer's weight while it is dequantised for a matrix product; in full fine-tuning, of its new gradient."
     return layer.numel * s.compute_bytes if s.quant == "nf4" or s.full_finetune else 0
@@ -329,7 +329,7 @@ def down_input(shape: ModelShape, s: Settings) -> int:
     if not (s.full_finetune or has_adapter(shape, s, down)): return 0
     return input_bytes(shape, s, down) or s.tokens * s.compute_bytes * down.in_features
 
-# %% ../nbs/00_vram_budget.ipynb #000040
+# %% ../nbs/00_vram_budget.ipynb #000041
 def converted_input(s: Settings, layer: Linear) -> int:
     "Bytes of a layer's input in its adapter's precision, if that is another one."
     return s.tokens * layer.in_features * s.lora_bytes if converts(s) else 0
@@ -342,7 +342,7 @@ def recompute_moments(shape: ModelShape, s: Settings) -> dict:
     kept, kept_down = sum(kept_by_block(shape, s).values()), down_input(shape, s)
     side = s.tokens * (s.lora_bytes if converts(s) and not s.autocast else s.compute_bytes)  # of an adapter's output
     own = any(input_bytes(shape, s, l) for l in linears(shape))
-    around = 2 * h + side * shape.hidden_size + own * h  # residual, gradient, its scaled copy; norm's output if not kept
+    around = 2 * h + side * shape.hidden_size + own * h  # residual, gradient, its scaled copy; the norm's output
     before = kept - kept_down - (3 * i if shape.fused else i)
     adapter = 2 * side * entry.out_features if has_adapter(shape, s, entry) else 0
     out = s.tokens * s.compute_bytes * entry.out_features
@@ -352,7 +352,7 @@ def recompute_moments(shape: ModelShape, s: Settings) -> dict:
         moments["recompute down_proj"] = kept - kept_down + i + around + h + max(weight_copy(s, down), passing)
     return moments
 
-# %% ../nbs/00_vram_budget.ipynb #000041
+# %% ../nbs/00_vram_budget.ipynb #000042
 def backward_moments(shape: ModelShape, s: Settings) -> dict:
     "Bytes alive at the peaks of a block's backward pass."
     h, i = (s.tokens * s.compute_bytes * w for w in (shape.hidden_size, shape.intermediate_size))
@@ -366,7 +366,7 @@ def backward_moments(shape: ModelShape, s: Settings) -> dict:
         moments[f"backward {entry.name}"] = kept - 3 * i + 2 * i + weight_copy(s, entry) + 3 * h
     return moments
 
-# %% ../nbs/00_vram_budget.ipynb #000043
+# %% ../nbs/00_vram_budget.ipynb #000044
 def activation_bytes(
     shape: ModelShape,
     s: Settings,
@@ -379,7 +379,7 @@ def activation_bytes(
     block = sum(kept_by_block(shape, s).values())
     return shape.num_hidden_layers * block + mask, max(0, max(backward_moments(shape, s).values()) - block)
 
-# %% ../nbs/00_vram_budget.ipynb #000046
+# %% ../nbs/00_vram_budget.ipynb #000047
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's chunked log-probabilities
 
 
@@ -391,7 +391,7 @@ def loss_bytes(shape: ModelShape, s: Settings) -> int:
     tile = rows * TILE_WORDS * b if s.device == "cuda" else rows * words * (b + 7 * 4 + 1)
     return tile + hidden * (4 + 4 + b)  # the norm's input and the gradient in 32 bits, the norm's output
 
-# %% ../nbs/00_vram_budget.ipynb #000049
+# %% ../nbs/00_vram_budget.ipynb #000050
 LABELS = {
     "base_4bit": ("Base weights in NF4", "exact"),
     "quant_constants": ("Their quantisation constants", "exact"),
@@ -406,7 +406,7 @@ LABELS = {
 }
 OVERHEAD_BYTES = {"cuda": 600 * 2**20, "mps": 0, "cpu": 0}  # assumed, not measured
 
-# %% ../nbs/00_vram_budget.ipynb #000050
+# %% ../nbs/00_vram_budget.ipynb #000051
 @dataclass(frozen=True, repr=False)
 class Budget:
     "The predicted memory peak of a training run, by component."
@@ -439,7 +439,7 @@ class Budget:
 
     def _repr_markdown_(self) -> str: return budget_table({f"{self.shape}, MiB": self}, basis=True)
 
-# %% ../nbs/00_vram_budget.ipynb #000051
+# %% ../nbs/00_vram_budget.ipynb #000052
 def budget_table(
     budgets: dict,         # column title: `Budget`
     basis: bool = False,   # say how each row is known
@@ -458,7 +458,7 @@ def budget_table(
         lines.append(row("of it can be paged out, GB", *moved, *known("")))
     return "\n".join(lines)
 
-# %% ../nbs/00_vram_budget.ipynb #000052
+# %% ../nbs/00_vram_budget.ipynb #000053
 def weight_bytes(shape: ModelShape, s: Settings) -> dict:
     "The frozen or trained weights of the base, by precision."
     total = sum(parameters(shape).values())
@@ -487,7 +487,7 @@ def predict(
         "loss": max(0, loss_bytes(shape, s) - room), "overhead": OVERHEAD_BYTES[s.device]}
     return Budget(shape.name, asdict(s), {"parameters": total, "lora_parameters": adapter}, components, pageable)
 
-# %% ../nbs/00_vram_budget.ipynb #000066
+# %% ../nbs/00_vram_budget.ipynb #000067
 LEVERS = {
     "full fine-tune, 16 bits": dict(
         full_finetune=True, quant="bf16", optimizer="adamw_mixed", checkpointing=False, fused_loss=False),
@@ -511,7 +511,7 @@ def waterfall(
         steps[name] = predict(shape, **settings)
     return steps
 
-# %% ../nbs/00_vram_budget.ipynb #000068
+# %% ../nbs/00_vram_budget.ipynb #000069
 GROUPS = {"weights": ("base_4bit", "quant_constants", "base_16bit"), "trained": ("lora", "gradients", "optimizer"),
           "activations, loss": ("checkpoints", "layer", "loss"), "overhead": ("overhead",)}
 
