@@ -655,7 +655,7 @@ def clipped(
     if len(sample) <= most: return sample
     h = most // 2
     cut = lambda x, mark: [*x[:h], mark, *x[-h:]]
-    return Encoded(cut(sample.input_ids, -1), cut(sample.labels, -100), lambda i: " […] " if i < 0 else sample.decode(i))
+    return Encoded(cut(sample.input_ids, -1), cut(sample.labels, IGNORED), lambda i: " […] " if i < 0 else sample.decode(i))
 
 # %% ../nbs/10_data.ipynb #100069
 def report_html(

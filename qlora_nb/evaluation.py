@@ -8,14 +8,14 @@ __all__ = ['ROUGE', 'SCHEMA', 'answer_nll', 'answer_losses', 'perplexity', 'roug
 
 # %% ../nbs/30_eval.ipynb #300002
 import math, random, time
-from pathlib import Path
 
 # %% ../nbs/30_eval.ipynb #300003
-from .config import Run, open_run, read_json, read_jsonl, whole_file, write_json, write_jsonl
+from .config import Run, read_json, read_jsonl, whole_file, write_json, write_jsonl
 from .contract import encode, messages_of, pad_batch
 from .data import load_rows
 from .generate import generate
 from .model import Loaded, load_run
+from .monitor import Plot
 
 # %% ../nbs/30_eval.ipynb #300006
 def answer_nll(
@@ -179,8 +179,8 @@ def markdown(report: dict, samples: list) -> str:
 
 # %% ../nbs/30_eval.ipynb #300022
 def plot_report(
-    report: dict,
-):                # `matplotlib.figure.Figure`
+    report: dict,  # as `evaluate` returns it
+) -> Plot:
     "Base against tuned: perplexity, ROUGE with intervals, stop rate."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 2.8), layout="constrained")
@@ -196,12 +196,12 @@ def plot_report(
     middle.set_title("ROUGE F1, 95 % intervals", fontsize=10); middle.legend(fontsize=8)
     middle.set_xticks([0.2, 1.2, 2.2], ["1", "2", "L"])
     for axis in (left, right): axis.set_xticks([0, 1], ["base", "tuned"])
-    return figure
+    return Plot(figure)
 
 
 def write_report(run: Run, report: dict, samples: list) -> None:
     "Write eval/: answers, report.md, the plot, and report.json last, whose presence says that all is there."
     write_jsonl(run.eval / "answers.jsonl", samples)
     with whole_file(run.eval / "report.md") as f: f.write(markdown(report, samples))
-    with whole_file(run.eval / "report.png", binary=True) as f: plot_report(report).savefig(f, format="png", dpi=110)
+    with whole_file(run.eval / "report.png", binary=True) as f: f.write(plot_report(report)._repr_png_())
     write_json(run.eval / "report.json", report)

@@ -86,7 +86,7 @@ def trainer_arguments(
         lr_scheduler_type=t.scheduler, warmup_steps=round(t.warmup_ratio * steps), max_grad_norm=t.max_grad_norm,
         per_device_train_batch_size=t.micro_batch, per_device_eval_batch_size=t.micro_batch,
         gradient_accumulation_steps=t.grad_accum, optim=t.optimizer, weight_decay=0.0,
-        gradient_checkpointing=t.activation_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=t.activation_checkpointing, activation_checkpointing_kwargs={"use_reentrant": False},
         bf16=compute is torch.bfloat16, fp16=compute is torch.float16 and device() == "cuda", use_cpu=device() == "cpu",
         eval_strategy="steps", eval_steps=t.eval_steps, save_strategy="steps", save_steps=t.save_steps,
         save_total_limit=t.keep_checkpoints, load_best_model_at_end=True, metric_for_best_model="eval_loss",

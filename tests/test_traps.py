@@ -22,7 +22,8 @@ def trainer(tmp_path_factory):
     plan(run, config)
     report = make_data(run, config)
     assert report.counts["kept"] == 40 and report.counts["rejected"] == 10
-    return make_trainer(run, config, MemoryMeter(), say=lambda line: None), Contract.load(run.contract_file), report
+    with MemoryMeter() as meter:
+        yield make_trainer(run, config, meter, say=lambda line: None), Contract.load(run.contract_file), report
 
 
 def test_every_trained_row_ends_in_a_trained_eos(trainer):
