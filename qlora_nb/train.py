@@ -140,9 +140,9 @@ def fit(
     if resume: say(f"going on from {resume}")
     with MemoryMeter() as meter:
         trainer = make_trainer(run, config, meter, say)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.stop_on_signal.stopped: raise KeyboardInterrupt
-    summary = summarise(run, config, trainer, meter, time.monotonic() - start)
+    summary = summarise(run, config, trainer, result.training_loss, meter, time.monotonic() - start)
     save_adapter(run, trainer)
     write_json(run.budget_file, {**read_json(run.budget_file), "measured_peak_bytes": meter.peak_bytes})
     write_json(run.summary_file, summary)
@@ -150,9 +150,9 @@ def fit(
     return summary
 
 # %% ../nbs/20_train.ipynb #200024
-def summarise(run: Run, config: RunConfig, trainer, meter, seconds: float) -> dict:
+def summarise(run: Run, config: RunConfig, trainer, mean_loss: float, meter, seconds: float) -> dict:
     "The facts of a finished training."
-    state, logs = trainer.state, [m for m in trainer.state.log_history]
+    state, logs = trainer.state, trainer.state.log_history
     speeds = [json.loads(l) for l in run.metrics_file.read_text(encoding="utf-8").splitlines()]
     speeds = sorted(m["tokens_per_s"] for m in speeds if "tokens_per_s" in m)
     early = state.global_step < state.max_steps
@@ -160,7 +160,7 @@ def summarise(run: Run, config: RunConfig, trainer, meter, seconds: float) -> di
     why = f"stopped early, {config.train.patience} evaluations without improvement" if early else "ran to the end"
     return dict(
         steps=state.global_step, epochs=round(state.epoch, 2), seconds=round(seconds, 1), ended=f"{why}, {best}",
-        final_loss=next(m["loss"] for m in reversed(logs) if "loss" in m), best_eval_loss=state.best_metric,
+        final_loss=next((m["loss"] for m in reversed(logs) if "loss" in m), mean_loss), best_eval_loss=state.best_metric,
         tokens=state.num_input_tokens_seen, tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
         measured_peak_bytes=meter.peak_bytes)
 

@@ -51,8 +51,8 @@ def test_budget_needs_only_the_standard_library():
 
 
 @pytest.mark.parametrize("code", ["import qlora_nb", "import qlora_nb.vram_budget", "import qlora_nb.config",
-                                  "import sys; sys.argv = ['qlora', '--help']\nfrom qlora_nb.cli import main\n"
-                                  "try: main()\nexcept SystemExit: pass"])
+                                  "import contextlib, sys; sys.argv = ['qlora', '--help']\nfrom qlora_nb.cli import main\n"
+                                  "with contextlib.suppress(SystemExit): main()"])
 def test_no_torch_is_loaded(code):
     loaded = "import sys; print('loaded:', {'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", f"{code}\n{loaded}"], capture_output=True, text=True, check=True, cwd="/").stdout
