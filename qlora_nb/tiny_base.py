@@ -106,7 +106,8 @@ def signature_of(
     "The signature a caller sees."
     try: sig = inspect.signature(obj)
     except (ValueError, TypeError): return None
-    plain = lambda d: d is inspect._empty or d is None or type(d) in (bool, int, float, str)
+    plain = lambda d: d is inspect._empty or d is None or type(d) in (bool, int, float) or (
+        type(d) is str and not re.search(r"[\\/].", d))
     params = [p.replace(annotation=inspect._empty, default=p.default if plain(p.default) else ...)
               for p in sig.parameters.values() if p.name not in ("self", "cls", "mcs")]
     return sig.replace(parameters=params, return_annotation=inspect._empty) if params else None

@@ -1,6 +1,7 @@
 "The package as others get it: which module imports which, what importing costs, the wheel in an environment of its own."
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -85,6 +86,19 @@ def test_wheel_in_a_clean_environment(wheel, tmp_path):
                              "from qlora_nb.model import load_base; load_base('tiny'); print(compose(['model=tiny']).model.path, notebook_path().exists())"],
                             capture_output=True, text=True, cwd=tmp_path)
     assert listed.stdout.split() == ["tiny", "True"], listed.stderr
+
+
+def test_the_help_desk_is_the_same_elsewhere(tmp_path):
+    "The same rows from another interpreter path, home, user, locale and time zone."
+    from qlora_nb.tiny_base import helpdesk_rows
+    venv.create(tmp_path / "else", with_pip=False, symlinks=True)
+    code = (f"import sys; sys.path += [{str(ROOT)!r}, {sysconfig.get_paths()['purelib']!r}]\n"
+            "import json; from qlora_nb.tiny_base import build_rows; print(json.dumps(build_rows()))")
+    other = {"HOME": str(tmp_path), "USER": "someone", "LOGNAME": "someone", "LC_ALL": "C", "TZ": "Asia/Tokyo", "COLUMNS": "40"}
+    done = subprocess.run([tmp_path / "else" / "bin" / "python", "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                          env={"PATH": os.environ["PATH"], **other})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == helpdesk_rows()
 
 
 @pytest.mark.slow
