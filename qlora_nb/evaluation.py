@@ -193,7 +193,8 @@ def plot_report(
         errors = [[values[k]["mean"] - values[k]["low"] for k in ROUGE], [values[k]["high"] - values[k]["mean"] for k in ROUGE]]
         middle.bar([i + at * 0.4 for i in range(3)], means, 0.38, yerr=errors, capsize=3, color=color, label=name)
     left.set_title("perplexity", fontsize=10); right.set_title("stops by itself (%)", fontsize=10)
-    middle.set_title("ROUGE F1, 95 % intervals", fontsize=10); middle.legend(fontsize=8)
+    middle.set_title("ROUGE F1, 95 % intervals", fontsize=10); middle.margins(y=0.3)
+    middle.legend(fontsize=8, ncols=2, loc="upper center")
     middle.set_xticks([0.2, 1.2, 2.2], ["1", "2", "L"])
     for axis in (left, right): axis.set_xticks([0, 1], ["base", "tuned"])
     return Plot(figure)
