@@ -128,7 +128,7 @@ def budget(
     Example: qlora budget mistral-7b --vram 7.5 --micro-batch 1"""
     from qlora_nb.config import compose
     from qlora_nb.vram_budget import predict
-    if vram is None: vram = compose([f"gpu={gpu}", "model=tiny"]).gpu.vram_gb if gpu else 7.5
+    if vram is None: vram = (compose([f"gpu={gpu}", "model=tiny"]).gpu.vram_gb if gpu else None) or 7.5
     from qlora_nb.model import shape_of
     b = predict(shape_of(model), seq_len=seq, micro_batch=micro_batch, rank=rank)
     if as_json: print(json.dumps({**b.to_dict(), "vram_gb": vram, "fits": b.fits(vram)}, indent=2))
@@ -341,7 +341,6 @@ def pipeline(
 
 def _answers(run, questions) -> None:
     "Ask the tuned model and print what it says."
-    from qlora_nb.config import read_jsonl
     from qlora_nb.contract import messages_of
     from qlora_nb.data import load_rows
     from qlora_nb.generate import generate

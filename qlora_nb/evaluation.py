@@ -10,7 +10,7 @@ __all__ = ['ROUGE', 'SCHEMA', 'answer_nll', 'answer_losses', 'perplexity', 'roug
 import math, random, time
 
 # %% ../nbs/30_eval.ipynb #300003
-from .config import Run, read_json, read_jsonl, whole_file, write_json, write_jsonl
+from .config import Run, read_json, whole_file, write_json, write_jsonl
 from .contract import encode, messages_of, pad_batch
 from .data import load_rows
 from .generate import generate

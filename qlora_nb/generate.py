@@ -7,7 +7,7 @@ __all__ = ['Answer', 'settings', 'prompt_ids', 'generate', 'stream']
 
 # %% ../nbs/19_generate.ipynb #190002
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 # %% ../nbs/19_generate.ipynb #190003
 from .contract import encode_prompt, pad_batch

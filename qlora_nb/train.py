@@ -11,7 +11,7 @@ from pathlib import Path
 
 # %% ../nbs/20_train.ipynb #200004
 from .config import Run, RunConfig, compose, load_secrets, read_json, start_run, write_json
-from .contract import IGNORED, Contract, encode, make_contract, messages_of
+from .contract import Contract, encode, make_contract, messages_of
 from .data import load_rows, prepare
 from .vram_budget import Budget, InputError, predict
 
