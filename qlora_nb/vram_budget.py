@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'REQUIRED', 'MODELS', 'BLOCK', 'SECOND_BLOCK', 'OPTIMIZERS', 'CHOICES', 'FUSED', 'TILE_TOKENS',
-           'TILE_WORDS', 'LABELS', 'OVERHEAD_BYTES', 'LEVERS', 'GROUPS', 'InputError', 'ModelShape',
-           'shape_from_config', 'catalogue', 'read_config', 'load_shape', 'Linear', 'linears', 'parameters',
-           'quantised_parameters', 'nf4_bytes', 'Settings', 'check_settings', 'targeted', 'adapter_tensors',
-           'lora_parameters', 'optimizer_bytes', 'has_mask', 'converts', 'input_bytes', 'attention_bytes',
-           'kept_by_block', 'weight_copy', 'has_adapter', 'down_input', 'converted_input', 'recompute_moments',
-           'backward_moments', 'activation_bytes', 'loss_bytes', 'Budget', 'budget_table', 'weight_bytes', 'predict',
-           'waterfall', 'plot_budgets']
+           'TILE_WORDS', 'LABELS', 'OVERHEAD', 'LEVERS', 'GROUPS', 'InputError', 'ModelShape', 'shape_from_config',
+           'catalogue', 'read_config', 'load_shape', 'Linear', 'linears', 'parameters', 'quantised_parameters',
+           'nf4_bytes', 'int8_bytes', 'Settings', 'check_settings', 'targeted', 'adapter_tensors', 'lora_parameters',
+           'optimizer_bytes', 'has_mask', 'converts', 'input_bytes', 'score_values', 'attention_bytes', 'kept_by_block',
+           'forward_copy', 'backward_copy', 'dora_copies', 'has_adapter', 'down_input', 'converted_input',
+           'recompute_moments', 'backward_moments', 'stays_on_gpu', 'offloaded_bytes', 'held_inputs',
+           'activation_bytes', 'loss_bytes', 'Overhead', 'Budget', 'budget_table', 'weight_bytes', 'whole_budget',
+           'predict', 'waterfall', 'plot_budgets']
 
-# %% ../nbs/00_vram_budget.ipynb #000002
+# %% ../nbs/00_vram_budget.ipynb #000003
 import difflib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 import qlora_nb
 
-# %% ../nbs/00_vram_budget.ipynb #000004
+# %% ../nbs/00_vram_budget.ipynb #000006
 class InputError(ValueError):
     "Bad input from the user: one line that says what was found and what to do."
 
-# %% ../nbs/00_vram_budget.ipynb #000006
+# %% ../nbs/00_vram_budget.ipynb #000008
 FAMILIES = {  # what transformers assumes where a config.json of that family is silent
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -66,7 +67,7 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: dict, name: str | None = None): return shape_from_config(config, name)
 
-# %% ../nbs/00_vram_budget.ipynb #000007
+# %% ../nbs/00_vram_budget.ipynb #000009
 def shape_from_config(
     config: dict,              # a parsed config.json
     name: str | None = None,   # shown in tables; the Hub id or the family if not given
@@ -88,7 +89,7 @@ def shape_from_config(
         o_bias=attention_bias, mlp_bias=family == "llama" and bool(c.get("mlp_bias", False)),
         sliding_window=window, hub_id=c.get("hub_id"))
 
-# %% ../nbs/00_vram_budget.ipynb #000010
+# %% ../nbs/00_vram_budget.ipynb #000012
 MODELS = Path(qlora_nb.__file__).parent / "assets" / "models"
 
 
@@ -120,7 +121,7 @@ def load_shape(
     names = ", ".join(known)
     raise InputError(f"there is no model or config.json at {name_or_path}; {hint}give a folder or one of {names}")
 
-# %% ../nbs/00_vram_budget.ipynb #000013
+# %% ../nbs/00_vram_budget.ipynb #000015
 class Linear(NamedTuple):
     "One linear layer of a block."
     name: str
@@ -145,7 +146,7 @@ def linears(shape: ModelShape) -> tuple:
     qkv = [Linear(name, h, size, "attention input", shape.qkv_bias) for name, size in sizes.items()]
     return *qkv, o, *[Linear(name, h, i, "mlp input", shape.mlp_bias) for name in ("gate_proj", "up_proj")], down
 
-# %% ../nbs/00_vram_budget.ipynb #000016
+# %% ../nbs/00_vram_budget.ipynb #000018
 def parameters(shape: ModelShape) -> dict:
     "The number of parameters by component."
     def count(*suffixes):
@@ -162,7 +163,7 @@ def quantised_parameters(shape: ModelShape) -> int:
     "How many of them are in linear layers of blocks, and so become 4-bit."
     return shape.num_hidden_layers * sum(l.numel for l in linears(shape))
 
-# %% ../nbs/00_vram_budget.ipynb #000021
+# %% ../nbs/00_vram_budget.ipynb #000024
 BLOCK, SECOND_BLOCK = 64, 256  # weights under one scale; scales under one second-level scale
 
 
@@ -176,14 +177,22 @@ def nf4_bytes(
     if not double_quant: return packed, 4 * blocks + code
     return packed, blocks + 4 * -(-blocks // SECOND_BLOCK) + code + 4 * 256 + 4
 
-# %% ../nbs/00_vram_budget.ipynb #000026
+
+def int8_bytes(
+    layer: Linear,
+) -> tuple:       # (bytes of weights, bytes of constants)
+    "What bitsandbytes keeps of one linear layer in 8 bits: a 32-bit scale for each row."
+    return layer.numel, 4 * layer.out_features
+
+# %% ../nbs/00_vram_budget.ipynb #000030
 OPTIMIZERS = {  # transformers' name: (bytes of state per parameter, None: twice the adapter's own; can be paged out)
     "adamw_torch": (None, False), "adamw_torch_fused": (None, False),
     "adamw_8bit": (2, False), "adamw_bnb_8bit": (2, False),
     "paged_adamw_32bit": (8, True), "paged_adamw_8bit": (2, True),
     "adamw_mixed": (12, False),  # two fp32 moments and an fp32 copy of 16-bit weights: full fine-tuning
 }
-CHOICES = {"quant": ("nf4", "bf16"), "device": ("cuda", "mps", "cpu"), "optimizer": tuple(OPTIMIZERS)}
+CHOICES = {"quant": ("nf4", "int8", "bf16"), "attention": ("sdpa", "flash", "eager"), "device": ("cuda", "mps", "cpu"),
+           "optimizer": tuple(OPTIMIZERS)}
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,7 @@ class Settings:
     micro_batch: int = 1                  # rows at a time
     rank: int = 16                        # of the LoRA adapters
     targets: tuple | None = None          # names of linear layers with an adapter; None: all of them
-    quant: str = "nf4"                    # of the base: nf4 or bf16 (not quantised)
+    quant: str = "nf4"                    # of the base: nf4, int8 or bf16 (not quantised)
     double_quant: bool = True             # quantise the scales too
     optimizer: str = "paged_adamw_32bit"  # one of `OPTIMIZERS`
     checkpointing: bool = True            # keep one activation a layer and recompute the others
@@ -205,12 +214,16 @@ class Settings:
     padded: bool = False                  # rows of unequal length: attention gets a mask
     autocast: bool = True                 # mixed precision, as TRL trains by default
     full_finetune: bool = False           # train every weight instead of adapters
+    dora: bool = False                    # LoRA with a trained length for each row of a weight
+    attention: str = "sdpa"               # sdpa, flash (FlashAttention-2) or eager
+    packed: bool = False                  # several samples in a row: attention must not cross from one to the next
+    offloading: bool = False              # what is kept for the backward pass waits in RAM
 
     def __post_init__(self): check_settings(self)
     @property
     def tokens(self) -> int: return self.seq_len * self.micro_batch
 
-# %% ../nbs/00_vram_budget.ipynb #000027
+# %% ../nbs/00_vram_budget.ipynb #000031
 def check_settings(s: Settings):
     "An `InputError` for the first setting that cannot be."
     for key in ("seq_len", "micro_batch", "rank"):
@@ -223,8 +236,10 @@ def check_settings(s: Settings):
         raise InputError(f"lora_dropout is {s.lora_dropout!r}; give 0 or a fraction below 1")
     if s.full_finetune and s.quant != "bf16":
         raise InputError(f"full_finetune cannot train weights in {s.quant}; use quant=bf16, or adapters")
+    if s.offloading and s.device != "cuda":
+        raise InputError(f"offloading moves activations from a GPU to RAM, and on {s.device} they are there; leave it off")
 
-# %% ../nbs/00_vram_budget.ipynb #000030
+# %% ../nbs/00_vram_budget.ipynb #000034
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
          "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
@@ -244,17 +259,17 @@ def targeted(
     return tuple(l for l in layers if l.name in names)
 
 
-def adapter_tensors(shape: ModelShape, rank: int, targets=None) -> list:
-    "The number of elements of each tensor of a LoRA adapter."
-    pairs = [(rank * l.in_features, rank * l.out_features) for l in targeted(shape, targets)]
-    return [n for pair in pairs for n in pair] * shape.num_hidden_layers
+def adapter_tensors(shape: ModelShape, rank: int, targets=None, dora: bool = False) -> list:
+    "The number of elements of each tensor of a LoRA adapter; of DoRA's, with its magnitudes."
+    groups = [(rank * l.in_features, rank * l.out_features) + (l.out_features,) * dora for l in targeted(shape, targets)]
+    return [n for group in groups for n in group] * shape.num_hidden_layers
 
 
-def lora_parameters(shape: ModelShape, r: int = 16, targets=None) -> int:
-    "The number of parameters that LoRA trains."
-    return sum(adapter_tensors(shape, r, targets))
+def lora_parameters(shape: ModelShape, r: int = 16, targets=None, dora: bool = False) -> int:
+    "The number of parameters that LoRA trains; rsLoRA scales them differently and has as many."
+    return sum(adapter_tensors(shape, r, targets, dora))
 
-# %% ../nbs/00_vram_budget.ipynb #000033
+# %% ../nbs/00_vram_budget.ipynb #000037
 def optimizer_bytes(
     tensors: list,           # elements of each trained tensor
     optimizer: str,          # one of `OPTIMIZERS`
@@ -269,10 +284,11 @@ def optimizer_bytes(
     moved = sum(state(n) for n in tensors if n >= 100_000) if paged and device == "cuda" else 0
     return sum(map(state, tensors)), moved
 
-# %% ../nbs/00_vram_budget.ipynb #000036
+# %% ../nbs/00_vram_budget.ipynb #000040
 def has_mask(shape: ModelShape, s: Settings) -> bool:
-    "Whether attention is given an explicit mask: for padding, or for a window shorter than the row."
-    return s.padded or bool(shape.sliding_window and s.seq_len >= shape.sliding_window)
+    "Whether attention is given an explicit mask: for padding, packing, or a window shorter than the row."
+    if s.attention == "flash": return False
+    return s.attention == "eager" or s.padded or s.packed or bool(shape.sliding_window and s.seq_len >= shape.sliding_window)
 
 
 def converts(s: Settings) -> bool:
@@ -288,15 +304,18 @@ def input_bytes(shape: ModelShape, s: Settings, layer: Linear) -> int:
     return s.tokens * layer.in_features * (copy + (mask if s.lora_dropout else 0))
 
 
+def score_values(shape: ModelShape, s: Settings) -> int:
+    "The entries of the attention scores, of which only eager attention makes a matrix."
+    return s.micro_batch * shape.num_attention_heads * s.seq_len**2
+
+
 def attention_bytes(shape: ModelShape, s: Settings) -> int:
-    "What attention keeps: q, k, v, output, the log-sums and the mask."
-    n, b, q, kv = s.tokens, s.compute_bytes, shape.q_size, shape.kv_size
-    keys_values = kv + (q + 2 * kv) if shape.fused else 2 * kv
-    mask = 0
-    if has_mask(shape, s):
-        mask = s.micro_batch * s.seq_len**2 * b
-        if kv < q: keys_values = 2 * q
-    return n * b * (2 * q + keys_values) + 4 * n * shape.num_attention_heads + mask
+    "What attention keeps: q, k, v, output, and the log-sums and the mask or, if eager, the scores in 32 bits and in 16."
+    n, b, q, kv, masked = s.tokens, s.compute_bytes, shape.q_size, shape.kv_size, has_mask(shape, s)
+    keys_values = 2 * q if masked and kv < q else kv + (q + 2 * kv) if shape.fused else 2 * kv
+    kept = n * b * (2 * q + keys_values)
+    if s.attention == "eager": return kept + (4 + b) * score_values(shape, s)
+    return kept + 4 * n * shape.num_attention_heads + masked * s.micro_batch * s.seq_len**2 * b
 
 
 def kept_by_block(shape: ModelShape, s: Settings) -> dict:
@@ -309,13 +328,26 @@ def kept_by_block(shape: ModelShape, s: Settings) -> dict:
     shared = 0 if own else n * b * sum(width.values())
     norms = 4 * n * (2 * shape.hidden_size + shape.qk_norm * (shape.q_size + shape.kv_size))
     if s.full_finetune: norms += 2 * n * b * shape.hidden_size  # a trained norm weight needs what it multiplies
+    middles = 0 if s.full_finetune else n * b * sum(s.rank + 2 * s.dora * l.out_features for l in chosen)
+    if s.dora and s.lora_dropout and s.quant != "bf16": middles += b * sum(l.numel for l in chosen)  # W, dequantised
     return {"norms": norms, "attention": attention_bytes(shape, s), "mlp": 3 * n * b * shape.intermediate_size,
-            "adapter inputs": own or shared, "adapter middles": 0 if s.full_finetune else n * b * s.rank * len(chosen)}
+            "adapter inputs": own or shared, "adapter middles": middles}
 
-# %% ../nbs/00_vram_budget.ipynb #000040
-def weight_copy(s: Settings, layer: Linear) -> int:
-    "Bytes of a layer's weight while it is dequantised for a matrix product; in full fine-tuning, of its new gradient."
-    return layer.numel * s.compute_bytes if s.quant == "nf4" or s.full_finetune else 0
+# %% ../nbs/00_vram_budget.ipynb #000044
+def forward_copy(s: Settings, layer: Linear) -> int:
+    "Bytes beside input and output while a layer is applied: its dequantised weight, or int8's inputs and 32-bit sums."
+    if s.quant == "int8" and s.device == "cuda": return s.tokens * (layer.in_features + 4 * layer.out_features)
+    return layer.numel * s.compute_bytes if s.quant != "bf16" else 0
+
+
+def backward_copy(s: Settings, layer: Linear) -> int:
+    "Bytes of a layer's weight, dequantised for the backward pass; in full fine-tuning, of its new gradient."
+    return layer.numel * s.compute_bytes if s.quant != "bf16" or s.full_finetune else 0
+
+
+def dora_copies(s: Settings, layer: Linear) -> int:
+    "Bytes while peft measures the rows of W + BA: an identity to multiply A with, W if quantised, BA, its multiple, the sum."
+    return s.compute_bytes * (layer.in_features**2 + (3 + (s.quant != "bf16")) * layer.numel) if s.dora else 0
 
 
 def has_adapter(shape: ModelShape, s: Settings, layer: Linear) -> bool:
@@ -329,7 +361,7 @@ def down_input(shape: ModelShape, s: Settings) -> int:
     if not (s.full_finetune or has_adapter(shape, s, down)): return 0
     return input_bytes(shape, s, down) or s.tokens * s.compute_bytes * down.in_features
 
-# %% ../nbs/00_vram_budget.ipynb #000041
+# %% ../nbs/00_vram_budget.ipynb #000045
 def converted_input(s: Settings, layer: Linear) -> int:
     "Bytes of a layer's input in its adapter's precision, if that is another one."
     return s.tokens * layer.in_features * s.lora_bytes if converts(s) else 0
@@ -343,43 +375,83 @@ def recompute_moments(shape: ModelShape, s: Settings) -> dict:
     side = s.tokens * (s.lora_bytes if converts(s) and not s.autocast else s.compute_bytes)  # of an adapter's output
     own = any(input_bytes(shape, s, l) for l in linears(shape))
     around = 2 * h + side * shape.hidden_size + own * h  # residual, gradient, its scaled copy; the norm's output
-    before = kept - kept_down - (3 * i if shape.fused else i)
+    later = kept_down + 2 * h * s.dora  # of what the block keeps, what down_proj adds
     adapter = 2 * side * entry.out_features if has_adapter(shape, s, entry) else 0
     out = s.tokens * s.compute_bytes * entry.out_features
-    moments = {f"recompute {entry.name}": before + around + out + max(adapter, weight_copy(s, entry))}
+    most = max(adapter, forward_copy(s, entry), dora_copies(s, entry))
+    moments = {f"recompute {entry.name}": kept - later - (3 * i if shape.fused else i) + around + out + most}
     if kept_down:  # else nothing from here on is needed again, and torch stops
         passing = converted_input(s, down) * (bool(s.lora_dropout) + s.autocast) + kept_down - i
-        moments["recompute down_proj"] = kept - kept_down + i + around + h + max(weight_copy(s, down), passing)
+        most = max(forward_copy(s, down), passing, dora_copies(s, down))
+        moments["recompute down_proj"] = kept - later + i + around + h + most
     return moments
 
-# %% ../nbs/00_vram_budget.ipynb #000042
+# %% ../nbs/00_vram_budget.ipynb #000046
 def backward_moments(shape: ModelShape, s: Settings) -> dict:
     "Bytes alive at the peaks of a block's backward pass."
     h, i = (s.tokens * s.compute_bytes * w for w in (shape.hidden_size, shape.intermediate_size))
     entry, down = linears(shape)[-2:]
     total, kept_down, wide = sum(kept_by_block(shape, s).values()), down_input(shape, s), converted_input(s, down)
-    kept, through = total - kept_down, i if has_adapter(shape, s, down) else 0
-    moments = {"backward down_proj": kept + h + through + i + max(through, weight_copy(s, down))}
+    kept, through = total - kept_down * (s.quant != "int8" or s.checkpointing), i if has_adapter(shape, s, down) else 0
+    moments = {"backward down_proj": kept + h + through + i + max(through, backward_copy(s, down))}
     if kept_down and wide and s.lora_dropout:
         moments["backward down_proj's adapter"] = total + h + 2 * wide - (i if s.autocast else wide)
     if shape.fused:  # the MLP's three values are gone, a gradient two wide has come
-        moments[f"backward {entry.name}"] = kept - 3 * i + 2 * i + weight_copy(s, entry) + 3 * h
+        moments[f"backward {entry.name}"] = kept - 3 * i + 2 * i + backward_copy(s, entry) + 3 * h
+    if s.attention == "eager":  # three 32-bit matrices; the first norm, three times q, and the residual's gradient
+        q = s.tokens * s.compute_bytes * shape.q_size
+        moments["backward softmax"] = 12 * score_values(shape, s) + 4 * s.tokens * shape.hidden_size + 2 * h + 3 * q
     return moments
 
-# %% ../nbs/00_vram_budget.ipynb #000044
+# %% ../nbs/00_vram_budget.ipynb #000049
+def stays_on_gpu(shape: ModelShape, s: Settings) -> int:
+    "Bytes that a block without checkpointing leaves on the GPU under offloading: values saved twice in a row."
+    chosen, norms = targeted(shape, s.targets), kept_by_block(shape, s)["norms"]
+    if s.full_finetune or any(input_bytes(shape, s, l) for l in chosen): return norms
+    readers = [l.reads for l in chosen]
+    twice = {l.reads: l.in_features for l in chosen
+             if readers.count(l.reads) > 1 or l.reads == "attention output" and not shape.fused}
+    return norms + s.tokens * s.compute_bytes * sum(twice.values())
+
+
+def offloaded_bytes(shape: ModelShape, s: Settings) -> int:
+    "Bytes that one forward pass sends to RAM, and its backward pass fetches."
+    if not s.offloading: return 0
+    block = s.tokens * s.compute_bytes * shape.hidden_size if s.checkpointing else sum(kept_by_block(shape, s).values())
+    return shape.num_hidden_layers * block
+
+
+def held_inputs(shape: ModelShape, s: Settings) -> int:
+    "Bytes of linear layers' inputs that a block in int8 holds whether checkpointed or not, beyond what it keeps anyway."
+    if s.quant != "int8": return 0
+    width = {l.reads: l.in_features for l in linears(shape)}
+    if not s.checkpointing:
+        shared = {l.reads for l in targeted(shape, s.targets) if not input_bytes(shape, s, l)}
+        width = {k: v for k, v in width.items() if k not in shared and (shape.fused or k != "attention output")}
+    return s.tokens * s.compute_bytes * sum(width.values())
+
+# %% ../nbs/00_vram_budget.ipynb #000050
 def activation_bytes(
     shape: ModelShape,
     s: Settings,
 ) -> tuple:             # (kept until the backward pass, room for one block at work)
     "Activations of a training step at the worst moment of its blocks."
-    mask = s.micro_batch * s.seq_len**2 if has_mask(shape, s) else 0  # one boolean mask for all blocks
+    mask = s.micro_batch * s.seq_len**2 * (s.compute_bytes if s.attention == "eager" else 1) * has_mask(shape, s)
+    h, i = (s.tokens * s.compute_bytes * w for w in (shape.hidden_size, shape.intermediate_size))
+    held, work = mask + shape.num_hidden_layers * held_inputs(shape, s), backward_moments(shape, s)
     if s.checkpointing:
-        kept = shape.num_hidden_layers * s.tokens * s.compute_bytes * shape.hidden_size
-        return kept + mask, max((recompute_moments(shape, s) | backward_moments(shape, s)).values())
+        inputs = 2 * h + 4 * s.tokens * shape.hidden_size if s.offloading else shape.num_hidden_layers * h
+        return inputs + held, max((recompute_moments(shape, s) | work).values())
+    if s.offloading:
+        first_norm, own = 4 * s.tokens * shape.hidden_size, any(input_bytes(shape, s, l) for l in linears(shape))
+        forward = (6 if shape.fused else 3) * i + (4 + 2 * own) * h + forward_copy(s, linears(shape)[-1])
+        return shape.num_hidden_layers * stays_on_gpu(shape, s) + held, max(6 * i + h, forward) - first_norm
     block = sum(kept_by_block(shape, s).values())
-    return shape.num_hidden_layers * block + mask, max(0, max(backward_moments(shape, s).values()) - block)
+    down = linears(shape)[-1]
+    forward = (dora_copies(s, down) + h) * has_adapter(shape, s, down)
+    return shape.num_hidden_layers * block + held, max(forward, max(work.values()) - block)
 
-# %% ../nbs/00_vram_budget.ipynb #000047
+# %% ../nbs/00_vram_budget.ipynb #000053
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's chunked log-probabilities
 
 
@@ -391,9 +463,9 @@ def loss_bytes(shape: ModelShape, s: Settings) -> int:
     tile = rows * TILE_WORDS * b if s.device == "cuda" else rows * words * (b + 7 * 4 + 1)
     return tile + hidden * (4 + 4 + b)  # the norm's input and the gradient in 32 bits, the norm's output
 
-# %% ../nbs/00_vram_budget.ipynb #000050
+# %% ../nbs/00_vram_budget.ipynb #000056
 LABELS = {
-    "base_4bit": ("Base weights in NF4", "exact"),
+    "base_quantised": ("Quantised weights of the base", "exact"),
     "quant_constants": ("Their quantisation constants", "exact"),
     "base_16bit": ("Weights that are not quantised", "exact"),
     "lora": ("LoRA adapters", "exact"),
@@ -402,11 +474,23 @@ LABELS = {
     "checkpoints": ("Activations kept for the backward pass", "derived"),
     "layer": ("Room for the block at work", "derived"),
     "loss": ("Loss, beyond that room", "derived"),
-    "overhead": ("Context, workspaces, fragments", "assumed"),
+    "kv_cache": ("Keys and values of past tokens", "exact"),
+    "context": ("Driver context, kernels, workspaces", "assumed"),
+    "fragments": ("Fragments of the allocator", "assumed"),
 }
-OVERHEAD_BYTES = {"cuda": 600 * 2**20, "mps": 0, "cpu": 0}  # assumed, not measured
 
-# %% ../nbs/00_vram_budget.ipynb #000051
+
+@dataclass(frozen=True)
+class Overhead:
+    "What a process takes beside its tensors."
+    context_bytes: int            # driver context, loaded kernels, the libraries' workspaces
+    fragments: float = 0.0        # what the allocator reserves beyond the tensors, as a share of them
+    basis: str = "assumed"        # or how it was measured
+
+
+OVERHEAD = {"cuda": Overhead(500 * 2**20, 0.02), "mps": Overhead(100 * 2**20, 0.02), "cpu": Overhead(60 * 10**6)}
+
+# %% ../nbs/00_vram_budget.ipynb #000057
 @dataclass(frozen=True, repr=False)
 class Budget:
     "The predicted memory peak of a training run, by component."
@@ -415,13 +499,19 @@ class Budget:
     counts: dict              # parameters, lora_parameters
     components: dict          # bytes, in the order of `LABELS`
     pageable_bytes: int = 0   # of the optimizer's state, what the driver may move to RAM
+    phase: str = "training"
+    basis: str = "assumed"    # of context and fragments
 
     @property
     def peak_bytes(self) -> int: return sum(self.components.values())
     @property
     def peak_gb(self) -> float: return self.peak_bytes / 1e9
     @property
-    def active_bytes(self) -> int: return self.peak_bytes - self.components["overhead"]
+    def active_bytes(self) -> int: return self.peak_bytes - sum(self.components[k] for k in ("context", "fragments"))
+
+    def known(self, component: str) -> str:
+        "How a component is known: exact, derived, assumed or measured."
+        return self.basis if component in ("context", "fragments") else LABELS[component][1]
 
     def fits(self, vram_gb: float) -> bool:
         "Whether the peak stays within so many GB, with nothing paged out."
@@ -435,11 +525,11 @@ class Budget:
     def __repr__(self) -> str:
         s = self.settings
         rows = f"{s['micro_batch']} x {s['seq_len']} tokens on {s['device']}"
-        return f"Budget({self.shape}, {rows}: peak {self.peak_gb:.2f} GB)"
+        return f"Budget({self.shape}, {self.phase}, {rows}: peak {self.peak_gb:.2f} GB)"
 
     def _repr_markdown_(self) -> str: return budget_table({f"{self.shape}, MiB": self}, basis=True)
 
-# %% ../nbs/00_vram_budget.ipynb #000052
+# %% ../nbs/00_vram_budget.ipynb #000058
 def budget_table(
     budgets: dict,         # column title: `Budget`
     basis: bool = False,   # say how each row is known
@@ -448,46 +538,62 @@ def budget_table(
     def row(*cells): return "| " + " | ".join(cells) + " |"
     known = lambda text: [text] if basis else []
     lines = [row("component", *budgets, *known("known")), row("---", *["---:"] * len(budgets), *known("---"))]
-    for key, (label, how) in LABELS.items():
-        values = [b.components[key] / 2**20 for b in budgets.values()]
+    for key, (label, _) in LABELS.items():
+        values = [b.components.get(key, 0) / 2**20 for b in budgets.values()]
         text = [f"{v:,.0f}" if v >= 10 or v == 0 else f"{v:.2f}" for v in values]
-        if any(values): lines.append(row(label, *text, *known(how)))
+        if any(values): lines.append(row(label, *text, *known(next(iter(budgets.values())).known(key))))
     lines.append(row("**Peak, GB**", *[f"**{b.peak_gb:,.2f}**" for b in budgets.values()], *known("")))
     if any(b.pageable_bytes for b in budgets.values()):
         moved = [f"{b.pageable_bytes / 1e9:.2f}" for b in budgets.values()]
         lines.append(row("of it can be paged out, GB", *moved, *known("")))
     return "\n".join(lines)
 
-# %% ../nbs/00_vram_budget.ipynb #000053
+# %% ../nbs/00_vram_budget.ipynb #000059
 def weight_bytes(shape: ModelShape, s: Settings) -> dict:
     "The frozen or trained weights of the base, by precision."
-    total = sum(parameters(shape).values())
-    if s.quant == "bf16": return {"base_4bit": 0, "quant_constants": 0, "base_16bit": total * s.compute_bytes}
-    block = [nf4_bytes(l.numel, s.double_quant) for l in linears(shape)]
+    total, quantised = sum(parameters(shape).values()), quantised_parameters(shape)
+    if s.quant == "bf16": return {"base_quantised": 0, "quant_constants": 0, "base_16bit": total * s.compute_bytes}
+    block = [nf4_bytes(l.numel, s.double_quant) if s.quant == "nf4" else int8_bytes(l) for l in linears(shape)]
     packed, constants = (shape.num_hidden_layers * sum(part) for part in zip(*block))
-    return {"base_4bit": packed, "quant_constants": constants,
-            "base_16bit": (total - quantised_parameters(shape)) * s.compute_bytes}
+    return {"base_quantised": packed, "quant_constants": constants, "base_16bit": (total - quantised) * s.compute_bytes}
+
+
+def whole_budget(
+    shape: ModelShape,
+    s: Settings,
+    counts: dict,
+    components: dict,           # bytes of tensors
+    overhead: Overhead | None = None,
+    pageable: int = 0,
+    phase: str = "training",
+) -> Budget:
+    "Components with what a process takes beside them."
+    o = overhead or OVERHEAD[s.device]
+    beside = {"context": o.context_bytes, "fragments": round(o.fragments * sum(components.values()))}
+    return Budget(shape.name, asdict(s), counts, components | beside, pageable, phase, o.basis)
 
 
 def predict(
     shape: ModelShape,
     *args,              # the fields of `Settings` in their order
+    overhead: Overhead | None = None,   # None: what is assumed for the device
     **settings,         # or by name: seq_len, micro_batch, rank, targets, quant, optimizer, checkpointing, ...
 ) -> Budget:
     "The memory peak of training a model."
     s = Settings(*args, **settings)
     total = sum(parameters(shape).values())
-    tensors = [total] if s.full_finetune else adapter_tensors(shape, s.rank, s.targets)
+    tensors = [total] if s.full_finetune else adapter_tensors(shape, s.rank, s.targets, s.dora)
     trained, size = sum(tensors), s.compute_bytes if s.full_finetune else s.lora_bytes
     adapter = 0 if s.full_finetune else trained
     state, pageable = optimizer_bytes(tensors, s.optimizer, size, s.device)
     kept, room = activation_bytes(shape, s)
     components = weight_bytes(shape, s) | {
         "lora": adapter * size, "gradients": trained * size, "optimizer": state, "checkpoints": kept, "layer": room,
-        "loss": max(0, loss_bytes(shape, s) - room), "overhead": OVERHEAD_BYTES[s.device]}
-    return Budget(shape.name, asdict(s), {"parameters": total, "lora_parameters": adapter}, components, pageable)
+        "loss": max(0, loss_bytes(shape, s) - room)}
+    counts = {"parameters": total, "lora_parameters": adapter}
+    return whole_budget(shape, s, counts, components, overhead, pageable)
 
-# %% ../nbs/00_vram_budget.ipynb #000067
+# %% ../nbs/00_vram_budget.ipynb #000072
 LEVERS = {
     "full fine-tune, 16 bits": dict(
         full_finetune=True, quant="bf16", optimizer="adamw_mixed", checkpointing=False, fused_loss=False),
@@ -511,9 +617,9 @@ def waterfall(
         steps[name] = predict(shape, **settings)
     return steps
 
-# %% ../nbs/00_vram_budget.ipynb #000069
+# %% ../nbs/00_vram_budget.ipynb #000074
 GROUPS = {"weights": ("base_4bit", "quant_constants", "base_16bit"), "trained": ("lora", "gradients", "optimizer"),
-          "activations, loss": ("checkpoints", "layer", "loss"), "overhead": ("overhead",)}
+          "activations, loss": ("checkpoints", "layer", "loss", "kv_cache"), "overhead": ("context", "fragments")}
 
 
 def plot_budgets(
@@ -526,7 +632,7 @@ def plot_budgets(
     if ax is None: _, ax = plt.subplots(figsize=(7, 0.5 + 0.4 * len(budgets)))
     start, names = [0.0] * len(budgets), list(budgets)
     for label, keys in GROUPS.items():
-        sizes = [sum(b.components[k] for k in keys) / 1e9 for b in budgets.values()]
+        sizes = [sum(b.components.get(k, 0) for k in keys) / 1e9 for b in budgets.values()]
         ax.barh(names, sizes, left=start, label=label)
         start = [a + b for a, b in zip(start, sizes)]
     ax.axvline(vram_gb, color="black", linestyle="--", linewidth=1)
