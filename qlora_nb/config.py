@@ -9,21 +9,21 @@ __all__ = ['ASSETS', 'CONF', 'GROUPS', 'RECORDED', 'PACKAGES', 'UNFINISHED', 'wh
            'choices', 'parse_override', 'has_cuda', 'compose', 'versions', 'sha256', 'Run', 'start_run', 'open_run',
            'load_secrets']
 
-# %% ../nbs/05_config.ipynb #050002
+# %% ../nbs/05_config.ipynb #050003
 import contextlib, difflib, hashlib, importlib.metadata, json, os, platform, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/05_config.ipynb #050003
+# %% ../nbs/05_config.ipynb #050004
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# %% ../nbs/05_config.ipynb #050004
+# %% ../nbs/05_config.ipynb #050005
 import qlora_nb
 from .vram_budget import InputError
 
-# %% ../nbs/05_config.ipynb #050007
+# %% ../nbs/05_config.ipynb #050008
 ASSETS = Path(qlora_nb.__file__).parent / "assets"
 CONF = Path(qlora_nb.__file__).parent / "conf"
 
@@ -42,7 +42,7 @@ def whole_file(
         f.flush(); os.fsync(f.fileno())
     os.replace(part, path)
 
-# %% ../nbs/05_config.ipynb #050008
+# %% ../nbs/05_config.ipynb #050009
 @contextlib.contextmanager
 def whole_folder(
     path: Path,  # where the folder will stand; replaced if it is there
@@ -60,7 +60,7 @@ def whole_folder(
     shutil.rmtree(path, ignore_errors=True)
     os.replace(part, path)
 
-# %% ../nbs/05_config.ipynb #050012
+# %% ../nbs/05_config.ipynb #050013
 def write_json(path: Path, obj) -> None:
     "Write `obj` as indented JSON, whole or not at all."
     with whole_file(path) as f: f.write(json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
@@ -82,7 +82,7 @@ def read_jsonl(path: Path) -> list:
     "Read rows written by `write_jsonl`."
     with open(path, encoding="utf-8") as f: return [json.loads(line) for line in f]
 
-# %% ../nbs/05_config.ipynb #050015
+# %% ../nbs/05_config.ipynb #050016
 class Section(BaseModel):
     "A group of settings that knows its own keys and no others."
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -97,7 +97,7 @@ class ModelSection(Section):
     double_quant: bool = True                    # quantise the quantisation constants too
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
 
-# %% ../nbs/05_config.ipynb #050016
+# %% ../nbs/05_config.ipynb #050017
 class DataSection(Section):
     "Where the rows come from and how they are split."
     path: str                                    # `pydoc`, a CSV/JSON/JSONL file, or a Hub data set
@@ -123,7 +123,7 @@ class GpuSection(Section):
     name: str = "auto"
     vram_gb: float | None = Field(None, gt=0)    # GB = 10^9 bytes; null: what is free
 
-# %% ../nbs/05_config.ipynb #050017
+# %% ../nbs/05_config.ipynb #050018
 class LoraSection(Section):
     "The adapter: W + alpha/r * B A on the target modules."
     r: int = Field(16, ge=1)
@@ -140,10 +140,12 @@ class TrainSection(Section):
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     max_grad_norm: float = Field(0.3, gt=0)
-    micro_batch: int = Field(2, ge=1)            # samples a forward pass
-    grad_accum: int = Field(8, ge=1)             # forward passes an optimizer step
+    effective_batch: int = Field(16, ge=1)       # samples an optimizer step
+    micro_batch: int | None = Field(None, ge=1)  # samples a forward pass; null: 2 if the budget allows it, else 1
+    grad_accum: int | None = Field(None, ge=1)   # forward passes an optimizer step; null: effective_batch / micro_batch
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_32bit"
     activation_checkpointing: bool = True        # recompute activations in the backward pass
+    activation_offloading: bool = False          # keep them in RAM meanwhile (CUDA only)
     eval_steps: int = Field(50, ge=1)
     save_steps: int = Field(50, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
@@ -160,7 +162,7 @@ class TrainSection(Section):
             f"might not be saved; set train.save_steps={self.eval_steps * max(1, self.save_steps // self.eval_steps)}")
         return self
 
-# %% ../nbs/05_config.ipynb #050018
+# %% ../nbs/05_config.ipynb #050019
 class RunConfig(Section):
     "Everything that decides a run's result."
     model: ModelSection
@@ -184,7 +186,7 @@ def flatten(
         out |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v}
     return out
 
-# %% ../nbs/05_config.ipynb #050021
+# %% ../nbs/05_config.ipynb #050022
 def known_keys(section: type = RunConfig, prefix: str = "") -> list:
     "All dotted keys of a configuration."
     keys = []
@@ -216,9 +218,9 @@ def validated(
     try: return RunConfig.model_validate(tree)
     except ValidationError as e: raise InputError(explain(e)) from None
 
-# %% ../nbs/05_config.ipynb #050024
+# %% ../nbs/05_config.ipynb #050025
 GROUPS = ("model", "data", "train", "eval", "gpu")
-RECORDED = ("versions", "data_sha256", "seed")  # what a run's config.yaml holds beside the settings
+RECORDED = ("versions", "data_sha256", "seed", "chosen")  # what a run's config.yaml holds beside the settings
 
 
 def choices(
@@ -248,7 +250,7 @@ def parse_override(
         with contextlib.suppress(ValueError): value = float(value)  # YAML 1.1 reads 2e-4 as a string
     return key.strip().lstrip("+"), value
 
-# %% ../nbs/05_config.ipynb #050027
+# %% ../nbs/05_config.ipynb #050028
 def has_cuda() -> bool:
     "Whether an NVIDIA driver with a GPU is present; asks the driver, not torch."
     import pynvml
@@ -271,7 +273,7 @@ def _chosen_groups(given: dict) -> dict:
         raise InputError(f"there is no {group} {choice!r}; {hint}Choose one of {', '.join(choices(group))}{more}")
     return groups
 
-# %% ../nbs/05_config.ipynb #050028
+# %% ../nbs/05_config.ipynb #050029
 def compose(
     overrides: list = (),         # `group=choice` or `dotted.key=value`, later ones win
     file: Path | None = None,     # YAML with the same keys as a tree
@@ -301,7 +303,7 @@ def _from_file(file) -> dict:
     if not isinstance(tree, dict): raise InputError(f"{file} holds no settings; write keys such as train: {{max_steps: 30}}")
     return {k: v for k, v in flatten(tree).items() if k.split(".")[0] not in RECORDED}
 
-# %% ../nbs/05_config.ipynb #050033
+# %% ../nbs/05_config.ipynb #050034
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 
@@ -317,7 +319,7 @@ def sha256(*paths: Path) -> str:
     for path in paths: digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
-# %% ../nbs/05_config.ipynb #050034
+# %% ../nbs/05_config.ipynb #050035
 @dataclass(frozen=True)
 class Run:
     "A run folder: the paths of what its stages leave there."
@@ -356,7 +358,7 @@ class Run:
         tree = {**config.model_dump(), "seed": config.train.seed, "versions": versions(), **facts}
         with whole_file(self.config_file) as f: yaml.safe_dump(tree, f, sort_keys=False, allow_unicode=True)
 
-# %% ../nbs/05_config.ipynb #050036
+# %% ../nbs/05_config.ipynb #050037
 UNFINISHED = {"train.ipynb", "budget.json", "contract.json", "data"}  # what a first attempt may have left
 
 
@@ -386,7 +388,7 @@ def open_run(
     if not run.config_file.exists(): raise InputError(f"{path} is not a run folder (no config.yaml); make one with: qlora train --run {path}")
     return run
 
-# %% ../nbs/05_config.ipynb #050040
+# %% ../nbs/05_config.ipynb #050041
 def load_secrets() -> None:
     "Read HF_TOKEN, WANDB_API_KEY and QLORA_API_KEY from `.env` unless the environment has them."
     from dotenv import load_dotenv

@@ -21,7 +21,7 @@ from .monitor import Plot
 def answer_nll(
     model,              # a causal language model, with or without adapter
     batch: dict,        # input_ids, attention_mask and labels, each (batch, length)
-    chunk: int = 1024,  # answer tokens whose scores are held at once
+    chunk: int = 256,   # answer tokens whose scores are held at once
 ):                      # (batch, length - 1) tensor of nats; 0 where nothing is trained
     "Negative log-likelihood of each answer token. The head runs on these alone, a chunk at a time: memory stays small."
     import torch

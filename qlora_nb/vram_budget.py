@@ -6,12 +6,12 @@
 __all__ = ['FAMILIES', 'REQUIRED', 'MODELS', 'BLOCK', 'SECOND_BLOCK', 'OPTIMIZERS', 'CHOICES', 'FUSED', 'TILE_TOKENS',
            'TILE_WORDS', 'LABELS', 'OVERHEAD', 'LEVERS', 'GROUPS', 'InputError', 'ModelShape', 'shape_from_config',
            'catalogue', 'read_config', 'load_shape', 'Linear', 'linears', 'parameters', 'quantised_parameters',
-           'nf4_bytes', 'int8_bytes', 'Settings', 'check_settings', 'targeted', 'adapter_tensors', 'lora_parameters',
-           'optimizer_bytes', 'has_mask', 'converts', 'input_bytes', 'score_values', 'attention_bytes', 'kept_by_block',
-           'forward_copy', 'backward_copy', 'dora_copies', 'has_adapter', 'down_input', 'converted_input',
-           'recompute_moments', 'backward_moments', 'stays_on_gpu', 'offloaded_bytes', 'held_inputs',
-           'activation_bytes', 'loss_bytes', 'Overhead', 'Budget', 'budget_table', 'weight_bytes', 'whole_budget',
-           'predict', 'waterfall', 'plot_budgets']
+           'nf4_bytes', 'int8_bytes', 'Settings', 'check_settings', 'targeted', 'adapter_tensors', 'magnitudes',
+           'lora_parameters', 'optimizer_bytes', 'has_mask', 'converts', 'input_bytes', 'mask_values', 'score_values',
+           'attention_bytes', 'kept_by_block', 'scales', 'forward_copy', 'backward_copy', 'dora_copies', 'has_adapter',
+           'down_input', 'converted_input', 'recompute_moments', 'backward_moments', 'stays_on_gpu', 'offloaded_bytes',
+           'held_inputs', 'common_bytes', 'offloaded_room', 'activation_bytes', 'loss_bytes', 'Overhead', 'Budget',
+           'budget_table', 'weight_bytes', 'whole_budget', 'predict', 'waterfall', 'plot_budgets']
 
 # %% ../nbs/00_vram_budget.ipynb #000003
 import difflib, json
@@ -237,7 +237,7 @@ def check_settings(s: Settings):
     if s.full_finetune and s.quant != "bf16":
         raise InputError(f"full_finetune cannot train weights in {s.quant}; use quant=bf16, or adapters")
     if s.offloading and s.device != "cuda":
-        raise InputError(f"offloading moves activations from a GPU to RAM, and on {s.device} they are there; leave it off")
+        raise InputError(f"offloading moves activations from a GPU to RAM; on {s.device} they are there: leave it off")
 
 # %% ../nbs/00_vram_budget.ipynb #000034
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
@@ -261,8 +261,14 @@ def targeted(
 
 def adapter_tensors(shape: ModelShape, rank: int, targets=None, dora: bool = False) -> list:
     "The number of elements of each tensor of a LoRA adapter; of DoRA's, with its magnitudes."
-    groups = [(rank * l.in_features, rank * l.out_features) + (l.out_features,) * dora for l in targeted(shape, targets)]
+    chosen = targeted(shape, targets)
+    groups = [(rank * l.in_features, rank * l.out_features) + (l.out_features,) * dora for l in chosen]
     return [n for group in groups for n in group] * shape.num_hidden_layers
+
+
+def magnitudes(shape: ModelShape, targets=None, dora: bool = True) -> int:
+    "The number of DoRA's magnitudes. They stay in 32 bits: their updates are too small for 16."
+    return dora * shape.num_hidden_layers * sum(l.out_features for l in targeted(shape, targets))
 
 
 def lora_parameters(shape: ModelShape, r: int = 16, targets=None, dora: bool = False) -> int:
@@ -288,7 +294,8 @@ def optimizer_bytes(
 def has_mask(shape: ModelShape, s: Settings) -> bool:
     "Whether attention is given an explicit mask: for padding, packing, or a window shorter than the row."
     if s.attention == "flash": return False
-    return s.attention == "eager" or s.padded or s.packed or bool(shape.sliding_window and s.seq_len >= shape.sliding_window)
+    windowed = shape.sliding_window and s.seq_len >= shape.sliding_window
+    return bool(s.attention == "eager" or s.padded or s.packed or windowed)
 
 
 def converts(s: Settings) -> bool:
@@ -304,18 +311,23 @@ def input_bytes(shape: ModelShape, s: Settings, layer: Linear) -> int:
     return s.tokens * layer.in_features * (copy + (mask if s.lora_dropout else 0))
 
 
+def mask_values(s: Settings) -> int:
+    "The entries of an attention mask. Packed rows are laid end to end, as one row."
+    return s.tokens**2 if s.packed else s.micro_batch * s.seq_len**2
+
+
 def score_values(shape: ModelShape, s: Settings) -> int:
     "The entries of the attention scores, of which only eager attention makes a matrix."
-    return s.micro_batch * shape.num_attention_heads * s.seq_len**2
+    return shape.num_attention_heads * mask_values(s)
 
 
 def attention_bytes(shape: ModelShape, s: Settings) -> int:
-    "What attention keeps: q, k, v, output, and the log-sums and the mask or, if eager, the scores in 32 bits and in 16."
+    "What attention keeps: q, k, v, output; with them log-sums and mask or, if eager, the scores in 32 bits and in 16."
     n, b, q, kv, masked = s.tokens, s.compute_bytes, shape.q_size, shape.kv_size, has_mask(shape, s)
     keys_values = 2 * q if masked and kv < q else kv + (q + 2 * kv) if shape.fused else 2 * kv
     kept = n * b * (2 * q + keys_values)
-    if s.attention == "eager": return kept + (4 + b) * score_values(shape, s)
-    return kept + 4 * n * shape.num_attention_heads + masked * s.micro_batch * s.seq_len**2 * b
+    if s.attention == "eager": return kept - shape.fused * n * b * q + (4 + b) * score_values(shape, s)
+    return kept + 4 * n * shape.num_attention_heads + masked * mask_values(s) * b
 
 
 def kept_by_block(shape: ModelShape, s: Settings) -> dict:
@@ -327,17 +339,23 @@ def kept_by_block(shape: ModelShape, s: Settings) -> dict:
     if not shape.fused: width.pop("attention output", None)  # attention keeps it already
     shared = 0 if own else n * b * sum(width.values())
     norms = 4 * n * (2 * shape.hidden_size + shape.qk_norm * (shape.q_size + shape.kv_size))
-    if s.full_finetune: norms += 2 * n * b * shape.hidden_size  # a trained norm weight needs what it multiplies
+    if s.full_finetune:  # a trained norm weight needs what it multiplies
+        norms += 2 * n * (4 if shape.model_type == "gemma" else b) * shape.hidden_size
     middles = 0 if s.full_finetune else n * b * sum(s.rank + 2 * s.dora * l.out_features for l in chosen)
     if s.dora and s.lora_dropout and s.quant != "bf16": middles += b * sum(l.numel for l in chosen)  # W, dequantised
     return {"norms": norms, "attention": attention_bytes(shape, s), "mlp": 3 * n * b * shape.intermediate_size,
             "adapter inputs": own or shared, "adapter middles": middles}
 
 # %% ../nbs/00_vram_budget.ipynb #000044
+def scales(s: Settings, layer: Linear) -> int:
+    "Bytes of a double-quantised layer's scales, dequantised to 32 bits beside its weight."
+    return 4 * -(-layer.numel // BLOCK) if s.quant == "nf4" and s.double_quant else 0
+
+
 def forward_copy(s: Settings, layer: Linear) -> int:
     "Bytes beside input and output while a layer is applied: its dequantised weight, or int8's inputs and 32-bit sums."
     if s.quant == "int8" and s.device == "cuda": return s.tokens * (layer.in_features + 4 * layer.out_features)
-    return layer.numel * s.compute_bytes if s.quant != "bf16" else 0
+    return layer.numel * s.compute_bytes + scales(s, layer) if s.quant != "bf16" else 0
 
 
 def backward_copy(s: Settings, layer: Linear) -> int:
@@ -346,7 +364,7 @@ def backward_copy(s: Settings, layer: Linear) -> int:
 
 
 def dora_copies(s: Settings, layer: Linear) -> int:
-    "Bytes while peft measures the rows of W + BA: an identity to multiply A with, W if quantised, BA, its multiple, the sum."
+    "Bytes while peft measures the rows of W + BA: an identity to multiply A with, W if quantised, BA twice, the sum."
     return s.compute_bytes * (layer.in_features**2 + (3 + (s.quant != "bf16")) * layer.numel) if s.dora else 0
 
 
@@ -379,7 +397,8 @@ def recompute_moments(shape: ModelShape, s: Settings) -> dict:
     adapter = 2 * side * entry.out_features if has_adapter(shape, s, entry) else 0
     out = s.tokens * s.compute_bytes * entry.out_features
     most = max(adapter, forward_copy(s, entry), dora_copies(s, entry))
-    moments = {f"recompute {entry.name}": kept - later - (3 * i if shape.fused else i) + around + out + most}
+    above = 0 if kept_down else i  # without an adapter, down_proj's backward pass is over: the gradient of its input
+    moments = {f"recompute {entry.name}": kept - later - (3 * i if shape.fused else i) + around + out + most + above}
     if kept_down:  # else nothing from here on is needed again, and torch stops
         passing = converted_input(s, down) * (bool(s.lora_dropout) + s.autocast) + kept_down - i
         most = max(forward_copy(s, down), passing, dora_copies(s, down))
@@ -400,7 +419,9 @@ def backward_moments(shape: ModelShape, s: Settings) -> dict:
         moments[f"backward {entry.name}"] = kept - 3 * i + 2 * i + backward_copy(s, entry) + 3 * h
     if s.attention == "eager":  # three 32-bit matrices; the first norm, three times q, and the residual's gradient
         q = s.tokens * s.compute_bytes * shape.q_size
-        moments["backward softmax"] = 12 * score_values(shape, s) + 4 * s.tokens * shape.hidden_size + 2 * h + 3 * q
+        own = sum(input_bytes(shape, s, l) for l in targeted(shape, s.targets) if l.reads == "attention input")
+        norm = 4 * s.tokens * shape.hidden_size
+        moments["backward softmax"] = 12 * score_values(shape, s) + norm + (own or h) + h + 3 * q
     return moments
 
 # %% ../nbs/00_vram_budget.ipynb #000049
@@ -422,7 +443,7 @@ def offloaded_bytes(shape: ModelShape, s: Settings) -> int:
 
 
 def held_inputs(shape: ModelShape, s: Settings) -> int:
-    "Bytes of linear layers' inputs that a block in int8 holds whether checkpointed or not, beyond what it keeps anyway."
+    "Bytes of linear layers' inputs that a block in int8 holds, checkpointed or not, beyond what it keeps anyway."
     if s.quant != "int8": return 0
     width = {l.reads: l.in_features for l in linears(shape)}
     if not s.checkpointing:
@@ -431,27 +452,41 @@ def held_inputs(shape: ModelShape, s: Settings) -> int:
     return s.tokens * s.compute_bytes * sum(width.values())
 
 # %% ../nbs/00_vram_budget.ipynb #000050
+def common_bytes(shape: ModelShape, s: Settings) -> int:
+    "What all blocks share: one mask, and the cosines and sines of the positions."
+    mask = mask_values(s) * (s.compute_bytes if s.attention == "eager" else 1) * has_mask(shape, s)
+    return mask + 2 * (s.tokens if s.packed else s.seq_len) * shape.head_dim * s.compute_bytes
+
+
+def offloaded_room(shape: ModelShape, s: Settings) -> int:
+    "Room for the block at work when its values come back from RAM; the first norm has nothing to leave there."
+    h, i = (s.tokens * s.compute_bytes * w for w in (shape.hidden_size, shape.intermediate_size))
+    (entry, down), own = linears(shape)[-2:], any(input_bytes(shape, s, l) for l in linears(shape))
+    forward = (6 if shape.fused else 3) * i + (4 + 2 * own) * h + forward_copy(s, down)
+    start = forward_copy(s, entry) + s.tokens * s.compute_bytes * entry.out_features + 5 * h
+    product = s.tokens * shape.intermediate_size if s.lora_dropout else i  # down_proj's: its mask, or itself
+    return max(5 * i + product + h, forward, start) - 4 * s.tokens * shape.hidden_size
+
+# %% ../nbs/00_vram_budget.ipynb #000051
 def activation_bytes(
     shape: ModelShape,
     s: Settings,
 ) -> tuple:             # (kept until the backward pass, room for one block at work)
     "Activations of a training step at the worst moment of its blocks."
-    mask = s.micro_batch * s.seq_len**2 * (s.compute_bytes if s.attention == "eager" else 1) * has_mask(shape, s)
-    h, i = (s.tokens * s.compute_bytes * w for w in (shape.hidden_size, shape.intermediate_size))
-    held, work = mask + shape.num_hidden_layers * held_inputs(shape, s), backward_moments(shape, s)
-    if s.checkpointing:
-        inputs = 2 * h + 4 * s.tokens * shape.hidden_size if s.offloading else shape.num_hidden_layers * h
-        return inputs + held, max((recompute_moments(shape, s) | work).values())
-    if s.offloading:
-        first_norm, own = 4 * s.tokens * shape.hidden_size, any(input_bytes(shape, s, l) for l in linears(shape))
-        forward = (6 if shape.fused else 3) * i + (4 + 2 * own) * h + forward_copy(s, linears(shape)[-1])
-        return shape.num_hidden_layers * stays_on_gpu(shape, s) + held, max(6 * i + h, forward) - first_norm
-    block = sum(kept_by_block(shape, s).values())
-    down = linears(shape)[-1]
+    h, layers = s.tokens * s.compute_bytes * shape.hidden_size, shape.num_hidden_layers
+    held, again = common_bytes(shape, s) + layers * held_inputs(shape, s), recompute_moments(shape, s)
+    work = max(backward_moments(shape, s).values())
+    if s.checkpointing and s.offloading:  # the last block's input and the embedding; when run again, the last norm's
+        return 2 * h + held, max(max(again.values()) + 4 * s.tokens * shape.hidden_size, work)
+    if s.checkpointing: return layers * h + held, max(*again.values(), work)
+    if s.offloading: return layers * stays_on_gpu(shape, s) + held, offloaded_room(shape, s)
+    block, down = sum(kept_by_block(shape, s).values()), linears(shape)[-1]
     forward = (dora_copies(s, down) + h) * has_adapter(shape, s, down)
-    return shape.num_hidden_layers * block + held, max(forward, max(work.values()) - block)
+    if s.autocast and s.lora_bytes != s.compute_bytes and not s.full_finetune:  # adapters in the activations' precision
+        held += s.compute_bytes * sum(adapter_tensors(shape, s.rank, s.targets))
+    return layers * block + held, max(forward, work - block)
 
-# %% ../nbs/00_vram_budget.ipynb #000053
+# %% ../nbs/00_vram_budget.ipynb #000054
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's chunked log-probabilities
 
 
@@ -461,9 +496,10 @@ def loss_bytes(shape: ModelShape, s: Settings) -> int:
     if not s.fused_loss: return 12 * n * shape.vocab_size + 4 * hidden
     rows, words = min(n, TILE_TOKENS), min(shape.vocab_size, TILE_WORDS)
     tile = rows * TILE_WORDS * b if s.device == "cuda" else rows * words * (b + 7 * 4 + 1)
-    return tile + hidden * (4 + 4 + b)  # the norm's input and the gradient in 32 bits, the norm's output
+    head = shape.vocab_size * shape.hidden_size * (4 + b) if s.full_finetune else 0  # its gradient, in 32 bits and cast
+    return head + tile + hidden * (4 + 4 + b)  # the norm's input and the gradient in 32 bits, the norm's output
 
-# %% ../nbs/00_vram_budget.ipynb #000056
+# %% ../nbs/00_vram_budget.ipynb #000057
 LABELS = {
     "base_quantised": ("Quantised weights of the base", "exact"),
     "quant_constants": ("Their quantisation constants", "exact"),
@@ -488,9 +524,9 @@ class Overhead:
     basis: str = "assumed"        # or how it was measured
 
 
-OVERHEAD = {"cuda": Overhead(500 * 2**20, 0.02), "mps": Overhead(100 * 2**20, 0.02), "cpu": Overhead(60 * 10**6)}
+OVERHEAD = {"cuda": Overhead(500 * 2**20, 0.02), "mps": Overhead(100 * 2**20, 0.02), "cpu": Overhead(140 * 10**6)}
 
-# %% ../nbs/00_vram_budget.ipynb #000057
+# %% ../nbs/00_vram_budget.ipynb #000058
 @dataclass(frozen=True, repr=False)
 class Budget:
     "The predicted memory peak of a training run, by component."
@@ -529,7 +565,7 @@ class Budget:
 
     def _repr_markdown_(self) -> str: return budget_table({f"{self.shape}, MiB": self}, basis=True)
 
-# %% ../nbs/00_vram_budget.ipynb #000058
+# %% ../nbs/00_vram_budget.ipynb #000059
 def budget_table(
     budgets: dict,         # column title: `Budget`
     basis: bool = False,   # say how each row is known
@@ -548,7 +584,7 @@ def budget_table(
         lines.append(row("of it can be paged out, GB", *moved, *known("")))
     return "\n".join(lines)
 
-# %% ../nbs/00_vram_budget.ipynb #000059
+# %% ../nbs/00_vram_budget.ipynb #000060
 def weight_bytes(shape: ModelShape, s: Settings) -> dict:
     "The frozen or trained weights of the base, by precision."
     total, quantised = sum(parameters(shape).values()), quantised_parameters(shape)
@@ -585,15 +621,16 @@ def predict(
     tensors = [total] if s.full_finetune else adapter_tensors(shape, s.rank, s.targets, s.dora)
     trained, size = sum(tensors), s.compute_bytes if s.full_finetune else s.lora_bytes
     adapter = 0 if s.full_finetune else trained
+    trained_bytes = trained * size + (4 - size) * magnitudes(shape, s.targets, s.dora)
     state, pageable = optimizer_bytes(tensors, s.optimizer, size, s.device)
     kept, room = activation_bytes(shape, s)
     components = weight_bytes(shape, s) | {
-        "lora": adapter * size, "gradients": trained * size, "optimizer": state, "checkpoints": kept, "layer": room,
-        "loss": max(0, loss_bytes(shape, s) - room)}
+        "lora": trained_bytes if adapter else 0, "gradients": trained_bytes, "optimizer": state,
+        "checkpoints": kept, "layer": room, "loss": max(0, loss_bytes(shape, s) - room)}
     counts = {"parameters": total, "lora_parameters": adapter}
     return whole_budget(shape, s, counts, components, overhead, pageable)
 
-# %% ../nbs/00_vram_budget.ipynb #000072
+# %% ../nbs/00_vram_budget.ipynb #000073
 LEVERS = {
     "full fine-tune, 16 bits": dict(
         full_finetune=True, quant="bf16", optimizer="adamw_mixed", checkpointing=False, fused_loss=False),
@@ -617,8 +654,8 @@ def waterfall(
         steps[name] = predict(shape, **settings)
     return steps
 
-# %% ../nbs/00_vram_budget.ipynb #000074
-GROUPS = {"weights": ("base_4bit", "quant_constants", "base_16bit"), "trained": ("lora", "gradients", "optimizer"),
+# %% ../nbs/00_vram_budget.ipynb #000075
+GROUPS = {"weights": ("base_quantised", "quant_constants", "base_16bit"), "trained": ("lora", "gradients", "optimizer"),
           "activations, loss": ("checkpoints", "layer", "loss", "kv_cache"), "overhead": ("context", "fragments")}
 
 
