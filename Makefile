@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread a test process (two that spin on the same cores are many times slower), and no network.
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=agg
+# One thread a test process (two that spin on the same cores are many times slower), no network, and a cache that is not
+# the user's.
+TEST_ENV := QLORA_CACHE=$(CURDIR)/.pytest_cache/qlora OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=agg
 # What `make test-full` adds: cells and tests marked slow, and those marked gpu where there is one.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu)
 

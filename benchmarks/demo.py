@@ -12,16 +12,10 @@ import platform
 import sys
 from pathlib import Path
 
+from qlora_nb.calibrate import cpu_name
 from qlora_nb.config import open_run, read_json, versions, write_json
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
-
-
-def cpu_name():
-    "The processor's name, as Linux or Python know it."
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def record(run):

@@ -141,7 +141,8 @@ def judged(
     from qlora_nb.vram_budget import OVERHEAD, predict
     card = load_gpu(gpu) if gpu else None
     if card: settings = settings_for(card, settings)
-    vram, overhead = vram_gb or (card.usable_gb if card else 7.5), OVERHEAD[settings.device] if card else overhead_for(settings.device)
+    vram, device = vram_gb or (card.usable_gb if card else 7.5), settings.device
+    overhead = OVERHEAD[device] if card else overhead_for(device)  # a card from a list is not this machine's
     b = predict(shape, overhead=overhead, **asdict(settings))
     found = dict(budget=b, vram_gb=vram, fits=b.fits(vram), phases=other_phases(shape, asdict(settings)), card=card)
     if not b.fits(vram): found["nearest"] = fit(shape, settings, vram, card, overhead=overhead)
@@ -160,8 +161,8 @@ def show_judged(found: dict) -> None:
         speed = found["speed"]
         print(f"{card.label}: at most {speed.tok_s:,.0f} training tokens/s, limited by {speed.limit}")
         show_table("Targets", ["target", "verdict", "why"], [(v.target, v.status, v.arithmetic) for v in found["verdicts"]])
-    over = b.peak_gb - vram
-    print(f"fits {vram:g} GB (10^9 bytes)" if found["fits"] else f"does not fit {vram:g} GB (10^9 bytes): {over:.2f} GB over")
+    over = f"does not fit {vram:g} GB (10^9 bytes): {b.peak_gb - vram:.2f} GB over"
+    print(f"fits {vram:g} GB (10^9 bytes)" if found["fits"] else over)
     if near := found.get("nearest"):
         if near.fits: print(f"this fits, at {near.best.peak_gb:.2f} GB: qlora train … {' '.join(near.overrides)}")
         for line in near.advice: print(line)
@@ -174,7 +175,8 @@ def judged_json(found: dict) -> dict:
     out["phases"] = {k: p.to_dict() for k, p in found["phases"].items()}
     if "nearest" in found: out["nearest"] = found["nearest"].to_dict()
     if found["card"]:
-        out |= dict(gpu=found["card"].name, training_tokens_per_s=asdict(found["speed"]), verdicts=[asdict(v) for v in found["verdicts"]])
+        out |= dict(gpu=found["card"].name, training_tokens_per_s=asdict(found["speed"]),
+                    verdicts=[asdict(v) for v in found["verdicts"]])
     return out
 
 # %% ../nbs/90_cli.ipynb #900018

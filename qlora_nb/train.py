@@ -56,8 +56,9 @@ def choose(
     if batch is None and started: batch = read_json(run.budget_file).get("chosen", {}).get("micro_batch")
     if batch is None:
         two = budget_settings(config, longest) | dict(micro_batch=2, padded=True)
-        peak = predict(shape_of(config.model.path, config.model.revision), overhead=overhead_for(device()), **two).peak_bytes
-        batch = 2 if peak <= available(config)[0] and t.effective_batch > 1 else 1
+        shape = shape_of(config.model.path, config.model.revision)
+        fits = predict(shape, overhead=overhead_for(device()), **two).peak_bytes <= available(config)[0]
+        batch = 2 if fits and t.effective_batch > 1 else 1
     accum = t.grad_accum or max(1, round(t.effective_batch / batch))
     return config.model_copy(update=dict(train=t.model_copy(update=dict(micro_batch=batch, grad_accum=accum))))
 
@@ -126,7 +127,7 @@ def guard(
     if force: return say(f"{needs}; going on because of --force")
     shape, wanted = shape_of(config.model.path, config.model.revision), Settings(**budget.settings)
     nearest = fitting(shape, wanted, vram_gb=room / 1e9, effective_batch=config.train.effective_batch,
-                      overhead=overhead_for(wanted.device))
+                      overhead=overhead_for(wanted.device), ram_gb=free_bytes("cpu") / 1e9)
     hint = f"these fit: {' '.join(nearest.overrides)}" if nearest.fits else " ".join(nearest.advice)
     raise InputError(f"{needs}; {hint}; or go on all the same with --force")
 
@@ -225,7 +226,8 @@ def compare_memory(
 ) -> None:
     "Write the measured peaks beside the predicted ones, and keep what the process took beside its tensors."
     plan = read_json(run.budget_file) if run.budget_file.exists() else {}
-    measured = dict(process_bytes=meter.peak_bytes, reserved_bytes=meter.reserved_bytes, allocated_bytes=meter.allocated_bytes)
+    measured = dict(process_bytes=meter.peak_bytes, reserved_bytes=meter.reserved_bytes,
+                    allocated_bytes=meter.allocated_bytes)
     write_json(run.budget_file, plan | dict(measured=measured, measured_peak_bytes=meter.peak_bytes))
     if steps < LONG_ENOUGH or "predicted" not in plan: return
     tensors = meter.allocated_bytes or plan["predicted"]["active_bytes"]

@@ -524,7 +524,7 @@ class Overhead:
     basis: str = "assumed"        # or how it was measured
 
 
-OVERHEAD = {"cuda": Overhead(500 * 2**20, 0.02), "mps": Overhead(100 * 2**20, 0.02), "cpu": Overhead(140 * 10**6)}
+OVERHEAD = {"cuda": Overhead(500 * 2**20, 0.02), "mps": Overhead(100 * 2**20, 0.02), "cpu": Overhead(200 * 10**6)}
 
 # %% ../nbs/00_vram_budget.ipynb #000058
 @dataclass(frozen=True, repr=False)

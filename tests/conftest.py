@@ -2,9 +2,11 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg",
+                  QLORA_CACHE=tempfile.mkdtemp(prefix="qlora-cache-"))
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["train.max_steps=8", "train.eval_steps=4", "train.save_steps=4", "train.log_steps=2", "train.micro_batch=8",
