@@ -9,7 +9,7 @@ __all__ = ['app', 'RunDir', 'Overrides', 'Json', 'NewRun', 'Force', 'Again', 'Co
            'run_notebook', 'pipeline', 'run_all', 'demo']
 
 # %% ../nbs/90_cli.ipynb #900003
-import contextlib, errno, json, os, shutil, sys, time
+import contextlib, errno, json, math, os, shutil, sys, time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -114,18 +114,22 @@ def show_budget(
 ) -> None:
     "A budget in the terminal; components that are nothing are left out."
     from qlora_nb.vram_budget import LABELS
-    s, lines = b.settings, [(LABELS[k][0], b.known(k), f"{v / 1e6:,.0f}") for k, v in b.components.items() if v]
-    show_table(f"{b.shape}: {s['micro_batch']} x {s['seq_len']} tokens, rank {s['rank']}, {s['device']}",
-               ["component", "how it is known", "MB"], [*lines, ("Peak", "", f"{b.peak_bytes / 1e6:,.0f}")])
+    s, lines = b.settings, [(LABELS[k][0], b.known(k), f"{v / 2**20:,.1f}") for k, v in b.components.items() if v]
+    lines.append(("Peak", "", f"{b.peak_bytes / 2**20:,.1f}"))
+    if b.pageable_bytes: lines.append(("of it can be paged out", "", f"{b.pageable_bytes / 2**20:,.1f}"))
+    show_table(f"{b.shape}: {s['micro_batch']} x {s['seq_len']} tokens, rank {s['rank']}, {s['device']}: {b.peak_gb:.2f} GB",
+               ["component", "how it is known", "MiB"], lines)
 
 # %% ../nbs/90_cli.ipynb #900016
 def other_phases(shape, settings: dict) -> dict:
     "Peaks of what follows training: where they are counted, and their budgets."
     from qlora_nb.phases import predict_evaluation, predict_export, predict_generation, predict_merge
+    from qlora_nb.config import EvalSection
+    n, rows = EvalSection().batch_size, settings["seq_len"]
     base = {k: v for k, v in settings.items() if k not in ("seq_len", "micro_batch")}
-    one_row = settings | dict(micro_batch=1)
-    return {"evaluation": predict_evaluation(shape, **one_row), "generation": predict_generation(shape, **base),
-            "merge": predict_merge(shape, **one_row), "export": predict_export(shape, **one_row)}
+    return {f"evaluation, {n} x {rows}": predict_evaluation(shape, **settings | dict(micro_batch=n)),
+            f"generation, {n} x (512 + 256)": predict_generation(shape, n, 512, 256, **base),
+            "merge, in RAM": predict_merge(shape, **settings), "export's check, in RAM": predict_export(shape, **settings)}
 
 
 def judged(
@@ -146,7 +150,8 @@ def judged(
     b = predict(shape, overhead=overhead, **asdict(settings))
     found = dict(budget=b, vram_gb=vram, fits=b.fits(vram), phases=other_phases(shape, asdict(settings)), card=card)
     if not b.fits(vram): found["nearest"] = fit(shape, settings, vram, card, overhead=overhead)
-    if card: found |= dict(speed=training_tokens_per_s(shape, card, settings), verdicts=verdicts(shape, card, settings))
+    if card and settings.quant != "int8":  # for which there is no roofline
+        found |= dict(speed=training_tokens_per_s(shape, card, settings), verdicts=verdicts(shape, card, settings))
     return found
 
 # %% ../nbs/90_cli.ipynb #900017
@@ -154,10 +159,9 @@ def show_judged(found: dict) -> None:
     "What `qlora budget` knows, for people."
     b, vram = found["budget"], found["vram_gb"]
     show_budget(b)
-    where = {"evaluation": b.settings["device"], "generation": b.settings["device"], "merge": "RAM", "export": "RAM"}
-    show_table("What follows", ["stage", "in", "peak, MB"],
-               [(k, where[k], f"{p.peak_bytes / 1e6:,.0f}") for k, p in found["phases"].items()])
-    if card := found["card"]:
+    show_table("What follows", ["stage", "peak, GB"], [(k, f"{p.peak_gb:.2f}") for k, p in found["phases"].items()])
+    if "speed" in found:
+        card = found["card"]
         speed = found["speed"]
         print(f"{card.label}: at most {speed.tok_s:,.0f} training tokens/s, limited by {speed.limit}")
         show_table("Targets", ["target", "verdict", "why"], [(v.target, v.status, v.arithmetic) for v in found["verdicts"]])
@@ -174,7 +178,7 @@ def judged_json(found: dict) -> dict:
     out = found["budget"].to_dict() | dict(vram_gb=found["vram_gb"], fits=found["fits"])
     out["phases"] = {k: p.to_dict() for k, p in found["phases"].items()}
     if "nearest" in found: out["nearest"] = found["nearest"].to_dict()
-    if found["card"]:
+    if "speed" in found:
         out |= dict(gpu=found["card"].name, training_tokens_per_s=asdict(found["speed"]),
                     verdicts=[asdict(v) for v in found["verdicts"]])
     return out
@@ -198,7 +202,7 @@ def budget(
     offloading: Annotated[bool, typer.Option(help="keep them in RAM meanwhile")] = False,
     attention: Annotated[str, typer.Option(help="sdpa, flash or eager")] = "sdpa",
     packed: Annotated[bool, typer.Option("--packed", help="several samples a row")] = False,
-    device: Annotated[str, typer.Option(help="cuda, mps or cpu")] = "cuda",
+    device: Annotated[Optional[str], typer.Option(help="cuda (the default), mps or cpu")] = None,
     as_json: Json = False,
 ):
     """Predict the memory of a training run by component. Exit code 0: it fits, 1: it does not.
@@ -208,12 +212,16 @@ def budget(
     from qlora_nb.model import shape_of
     from qlora_nb.vram_budget import Settings
     if loss not in ("fused", "materialised"): raise InputError(f"--loss is {loss!r}; give fused or materialised")
-    s = Settings(seq_len=seq, micro_batch=micro_batch or 1, rank=rank, targets=tuple(targets.split(",")) if targets else None,
+    if vram is not None and not math.isfinite(vram): raise InputError(f"--vram is {vram}; give a number of GB")
+    if gpu and device: raise InputError(f"--device is {device} and --gpu a card with its own; leave out one of them")
+    names = tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else None
+    s = Settings(seq_len=seq, micro_batch=micro_batch or 1, rank=rank, targets=names, padded=(micro_batch or 1) > 1 and not packed,
                  lora_dropout=dropout, dora=dora, quant=quant, optimizer=optimizer, fused_loss=loss == "fused",
-                 checkpointing=checkpointing, offloading=offloading, attention=attention, packed=packed, device=device)
+                 checkpointing=checkpointing, offloading=offloading, attention=attention, packed=packed,
+                 device=device or "cuda")
     shape = shape_of(model)
     found = judged(shape, s, gpu, vram)
-    if micro_batch is None and (two := judged(shape, replace(s, micro_batch=2, padded=True), gpu, vram))["fits"]: found = two
+    if micro_batch is None and (two := judged(shape, replace(s, micro_batch=2, padded=not packed), gpu, vram))["fits"]: found = two
     if as_json: print(json.dumps(judged_json(found), indent=2))
     else: show_judged(found)
     raise typer.Exit(0 if found["fits"] else 1)
@@ -281,7 +289,7 @@ def train(
     say(f"run {folder.path}: {report.counts['train']:,} rows to train, {report.counts['eval']:,} held out; micro-batch "
         f"{settings.train.micro_batch}, accumulated {settings.train.grad_accum} times; predicted peak {b.peak_bytes / 1e9:.2f} GB")
     if dry_run: return _show_plan(folder, settings, b, as_json)
-    if not folder.trained: guard(settings, b, force, say)
+    if not folder.trained: guard(folder, settings, b, force, say)
     with leaves_on_interrupt(): summary = fit(folder, settings, say)
     if as_json: print(json.dumps(summary, indent=2))
 

@@ -114,7 +114,7 @@ def make_controls(state: dict) -> dict:
             "gpu": menu((card.label, name) for name, card in gpu_catalogue().items() if name == card.name),
             "seq_len": w.IntSlider(min=min(256, state["seq_len"]), max=max(8192, state["seq_len"]), step=64),
             "micro_batch": steps("micro_batch", 1, 2, 4, 8, 16), "rank": steps("rank", 4, 8, 16, 32, 64, 128, 256),
-            "optimizer": menu(o for o in OPTIMIZERS if o != "adamw_mixed"), "activations": menu(POLICIES),
+            "optimizer": menu(o for o in OPTIMIZERS if o in (state["optimizer"],) or o != "adamw_mixed"), "activations": menu(POLICIES),
             "loss": menu(("fused", "materialised"))}
     names = dict(gpu="GPU", seq_len="tokens a row", micro_batch="micro-batch")
     for key, control in made.items():

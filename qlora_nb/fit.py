@@ -305,7 +305,8 @@ def variants(
     if "micro_batch" in keep: batches = [start.micro_batch]
     policies = [p for p in POLICIES.values() if all(p[k] == getattr(start, k) for k in p if k in keep)]
     if start.device != "cuda": policies = [p for p in policies if not p["offloading"]]
-    return [replace(start, micro_batch=n, **p) for n in batches for p in policies]
+    padded = lambda n: n > 1 and not start.packed  # rows of unequal length get a mask
+    return [replace(start, micro_batch=n, padded=padded(n), **p) for n in batches for p in policies]
 
 # %% ../nbs/02_fit.ipynb #020047
 def concessions(
@@ -337,7 +338,7 @@ class Candidate:
     settings: Settings
     grad_accum: int
     budget: Budget
-    speed: Speed | None   # None: there is no card to rate it on
+    speed: Speed | None   # None: there is no card to rate it on, or no roofline for its precision
     ram_bytes: int = 0    # offloaded activations
 
     @property
@@ -373,7 +374,7 @@ def candidate(
 ) -> Candidate:
     "Settings with their memory and speed."
     budget = predict(shape, **asdict(s), overhead=overhead)
-    speed = training_tokens_per_s(shape, gpu, s) if gpu else None
+    speed = training_tokens_per_s(shape, gpu, s) if gpu and s.quant != "int8" else None
     return Candidate(s, max(1, effective_batch // s.micro_batch), budget, speed, offloaded_bytes(shape, s))
 
 
@@ -502,6 +503,7 @@ def needs(
     least = min(predict(shape, **asdict(s), overhead=search["overhead"]).peak_gb for s in options)
     cards = sorted((c for n, c in gpu_catalogue().items() if c.pcie_gb_s and "@" not in n), key=lambda c: c.usable_gb)
     larger = next((f"; {c.label} has {c.usable_gb} GB usable" for c in cards if c.usable_gb >= least), "")
+    if settings.device != "cuda": larger = ""
     said, held = [f"As asked it takes at least {least:.2f} GB{larger}."], {"seq_len", "rank", "optimizer"} & set(keep)
     freed = fit(shape, settings, vram_gb, keep=tuple(set(keep) - held), **search) if held else None
     if freed and freed.fits: said.append(f"It fits if this may change: {'; '.join(freed.gave_way)}.")
@@ -523,6 +525,7 @@ def fit(
     "The fastest way to run that fits, and why it is not another."
     unknown = [k for k in keep if k not in {f.name for f in fields(Settings)}]
     if unknown: raise InputError(f"keep names {', '.join(unknown)}, which is no setting; use names of `Settings`")
+    if effective_batch < 1: raise InputError(f"effective_batch is {effective_batch}; give a whole number of at least 1")
     gpu = load_gpu(gpu or DEFAULT_GPU) if gpu or settings.device == "cuda" else None
     if gpu: settings = settings_for(gpu, settings)
     room = Room((gpu or load_gpu(DEFAULT_GPU)).usable_gb if vram_gb is None else vram_gb, ram_gb)
@@ -624,7 +627,7 @@ def memory_verdict(shape: ModelShape, gpu: Gpu, s: Settings, **search) -> Verdic
     asked = candidate(shape, s, gpu, s.micro_batch)
     spare = f"predicted peak {asked.peak_gb:.2f} GB, {limit - asked.peak_gb:.2f} GB to spare"
     if asked.budget.fits(limit): return Verdict(target, "reachable", spare)
-    f = fit(shape, s, limit, gpu, **search)
+    f = fit(shape, s, limit, gpu, keep=("seq_len", "rank"), **search)
     least = f"predicted peak {over(asked, limit)}; at the least {f.best.peak_gb:.2f} GB"
     if not f.fits: return Verdict(target, "impossible on this card", least)
     return Verdict(target, f"reachable only with {', '.join(changes(s, f))}", least)

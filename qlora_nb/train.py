@@ -112,12 +112,13 @@ def encoded_rows(
 
 # %% ../nbs/20_train.ipynb #200018
 def guard(
-    config: RunConfig,
+    run: Run,
+    config: RunConfig,    # as `choose` returns it
     budget: Budget,       # as `plan` predicts it
     force: bool = False,  # go on all the same
     say=print,
 ) -> None:
-    "Refuse a run that will not fit, and say which settings would."
+    "Refuse a run that will not fit, and say which settings would; its folder stays open for them."
     from qlora_nb.fit import fit as fitting
     from qlora_nb.model import shape_of
     from qlora_nb.vram_budget import Settings
@@ -126,9 +127,11 @@ def guard(
     needs = f"the run needs {budget.peak_gb:.2f} GB (predicted) and {room / 1e9:.2f} GB are there ({where})"
     if force: return say(f"{needs}; going on because of --force")
     shape, wanted = shape_of(config.model.path, config.model.revision), Settings(**budget.settings)
-    nearest = fitting(shape, wanted, vram_gb=room / 1e9, effective_batch=config.train.effective_batch,
-                      overhead=overhead_for(wanted.device), ram_gb=free_bytes("cpu") / 1e9)
-    hint = f"these fit: {' '.join(nearest.overrides)}" if nearest.fits else " ".join(nearest.advice)
+    t = config.train
+    found = fitting(shape, wanted, vram_gb=room / 1e9, effective_batch=t.micro_batch * t.grad_accum,
+                    overhead=overhead_for(wanted.device), ram_gb=free_bytes("cpu") / 1e9)
+    hint = f"these fit: {' '.join(found.overrides)}" if found.fits else " ".join(found.advice).rstrip(".")
+    if not run.checkpoints.exists(): run.config_file.unlink(missing_ok=True)
     raise InputError(f"{needs}; {hint}; or go on all the same with --force")
 
 # %% ../nbs/20_train.ipynb #200024
@@ -225,13 +228,15 @@ def compare_memory(
     steps: int,
 ) -> None:
     "Write the measured peaks beside the predicted ones, and keep what the process took beside its tensors."
-    plan = read_json(run.budget_file) if run.budget_file.exists() else {}
+    written = read_json(run.budget_file) if run.budget_file.exists() else {}
     measured = dict(process_bytes=meter.peak_bytes, reserved_bytes=meter.reserved_bytes,
                     allocated_bytes=meter.allocated_bytes)
-    write_json(run.budget_file, plan | dict(measured=measured, measured_peak_bytes=meter.peak_bytes))
-    if steps < LONG_ENOUGH or "predicted" not in plan: return
-    tensors = meter.allocated_bytes or plan["predicted"]["active_bytes"]
-    remember(measured_overhead(meter.peak_bytes, tensors, meter.reserved_bytes), plan["predicted"]["settings"]["device"])
+    write_json(run.budget_file, written | dict(measured=measured, measured_peak_bytes=meter.peak_bytes))
+    if steps < LONG_ENOUGH or "predicted" not in written: return
+    predicted = written["predicted"]
+    tensors = meter.allocated_bytes or predicted["active_bytes"]
+    beside = measured_overhead(meter.peak_bytes, tensors, meter.reserved_bytes, predicted["pageable_bytes"])
+    remember(beside, predicted["settings"]["device"])
 
 # %% ../nbs/20_train.ipynb #200029
 def summarise(run: Run, config: RunConfig, trainer, mean_loss: float, meter, seconds: float) -> dict:

@@ -74,10 +74,12 @@ def shape_from_config(
 ) -> ModelShape:
     "The sizes that a `config.json` states, with its family's defaults."
     family = config.get("model_type")
-    if family not in FAMILIES: raise InputError(f"model_type is {family!r}; the budget knows {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(f"model_type is {family!r}; the budget knows {', '.join(FAMILIES)}")
     c = FAMILIES[family] | {k: v for k, v in config.items() if v is not None}
-    for key in REQUIRED:
-        if not isinstance(c.get(key), int) or c[key] < 1:
+    optional = [key for key in ("num_key_value_heads", "head_dim", "sliding_window") if key in c]
+    for key in (*REQUIRED, *optional):
+        if type(c.get(key)) is not int or c[key] < 1:
             raise InputError(f"the config has {key}={c.get(key)!r}; give the model's own, a positive integer")
     heads = c["num_attention_heads"]
     attention_bias = bool(c.get("attention_bias", False)) and family in ("llama", "gemma", "qwen3")

@@ -70,10 +70,19 @@ def test_an_architecture_it_does_not_know_is_refused_by_name(tmp_path, family):
     assert done.returncode == 2 and f"'{family}'" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("wrong", [{"num_key_value_heads": "x"}, {"head_dim": -3}, {"sliding_window": "big"}, {"model_type": ["llama"]}])
+def test_an_odd_config_is_one_line(tmp_path, wrong):
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="mistral") | sizes | wrong))
+    done = qlora("budget", tmp_path)
+    assert done.returncode == 2 and next(iter(wrong)) in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("options, fix", [
     (["--optimizer", "adam"], "choose from adamw_torch"), (["--loss", "half"], "give fused or materialised"),
     (["--gpu", "rtx4060"], "did you mean rtx-4060"), (["--targets", "wq"], "no linear layer wq"),
-    (["--device", "cpu", "--offloading"], "leave it off")])
+    (["--device", "cpu", "--offloading"], "leave it off"), (["--device", "cpu", "--gpu", "t4"], "leave out one of them"),
+    (["--vram", "inf"], "give a number of GB")])
 def test_bad_options_are_one_line(options, fix):
     done = qlora("budget", "mistral-7b", *options)
     assert done.returncode == 2 and fix in done.stderr and done.stderr.count("\n") == 1
@@ -83,6 +92,22 @@ def test_the_budget_needs_the_standard_library_only():
     code = "import sys, qlora_nb.vram_budget, qlora_nb.fit; print({m.partition('.')[0] for m in sys.modules} - set(sys.stdlib_module_names))"
     shown = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "torch" not in shown and eval(shown) <= {"__main__", "qlora_nb"}
+
+
+def test_what_the_guard_suggests_works_in_the_same_folder(tmp_path):
+    command = ["train", "--run", tmp_path / "run", "model=tiny", "data=pydoc", *SHORT, "train.micro_batch=16", "gpu.vram_gb=0.3"]
+    refused = qlora(*command)
+    assert refused.returncode == 2 and "these fit: " in refused.stderr, refused.stderr
+    suggested = refused.stderr.split("these fit: ")[1].split(";")[0].split()
+    done = qlora(*command, *suggested)
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((tmp_path / "run" / "budget.json").read_text())["chosen"]
+    assert chosen["micro_batch"] * chosen["grad_accum"] == 16
+
+
+def test_an_8_bit_base_has_a_budget_though_no_roofline():
+    found = budget("mistral-7b", "--quant", "int8", "--gpu", "rtx-4090")
+    assert found["fits"] and "verdicts" not in found
 
 
 def test_training_that_will_not_fit_is_refused_and_can_be_forced(tmp_path):
