@@ -113,7 +113,7 @@ def steady_memory() -> None:
 def release_freed() -> None:
     "Give freed memory back to the operating system, where the C library can."
     import ctypes
-    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError, AttributeError, TypeError): ctypes.CDLL(None).malloc_trim(0)
 
 # %% ../nbs/06_calibrate.ipynb #060019
 def container_room() -> int | None:

@@ -98,11 +98,11 @@ def explorer_html(
 def can_move() -> bool:
     "Whether the front end that runs this cell is one with somebody in front of it."
     try:
-        import ipywidgets
-        from IPython import get_ipython
+        import ipywidgets  # noqa: F401 -- without it there is nothing to move
+        from ipykernel.kernelapp import IPKernelApp
     except ImportError: return False
-    kernel = getattr(get_ipython(), "kernel", None)
-    return "cellId" in kernel.get_parent().get("metadata", {}) if kernel else False
+    kernel = IPKernelApp.initialized() and IPKernelApp.instance().kernel
+    return bool(kernel) and "cellId" in kernel.get_parent().get("metadata", {})
 
 
 def make_controls(state: dict) -> dict:
@@ -114,8 +114,8 @@ def make_controls(state: dict) -> dict:
             "gpu": menu((card.label, name) for name, card in gpu_catalogue().items() if name == card.name),
             "seq_len": w.IntSlider(min=min(256, state["seq_len"]), max=max(8192, state["seq_len"]), step=64),
             "micro_batch": steps("micro_batch", 1, 2, 4, 8, 16), "rank": steps("rank", 4, 8, 16, 32, 64, 128, 256),
-            "optimizer": menu(o for o in OPTIMIZERS if o in (state["optimizer"],) or o != "adamw_mixed"), "activations": menu(POLICIES),
-            "loss": menu(("fused", "materialised"))}
+            "optimizer": menu(o for o in OPTIMIZERS if o == state["optimizer"] or o != "adamw_mixed"),
+            "activations": menu(POLICIES), "loss": menu(("fused", "materialised"))}
     names = dict(gpu="GPU", seq_len="tokens a row", micro_batch="micro-batch")
     for key, control in made.items():
         control.value, control.description = state[key], names.get(key, key)
