@@ -276,14 +276,14 @@ def gpu_dropout(x, p=0.5, training=True, inplace=False):
 
 def stand_ins(s: Settings) -> list:
     "What is exchanged for the length of a step: (module, name, value)."
-    yes, nothing = (lambda *args: True), (lambda *args: None)
+    yes, nothing, enabled = (lambda *args: True), (lambda *args: None), torch.is_autocast_enabled
     packed = [] if s.packed else [(masking_utils, "find_packed_sequence_indices", nothing)]
     if s.device != "cuda": return packed
     loss = {"_use_triton": yes, "_forward_kernel": InPlaceKernel(), "_backward_kernel": InPlaceKernel(),
             "_addmm_fp32": nothing, "triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b))}
     return [*packed, *[(chunked_logprob, name, value) for name, value in loss.items()],
             (trl_utils, "_use_triton", yes), (torch.nn.functional, "dropout", gpu_dropout),
-            (torch, "is_autocast_enabled", lambda device="cuda": s.autocast)]
+            (torch, "is_autocast_enabled", lambda device="cuda": s.autocast if device == "cuda" else enabled(device))]
 
 # %% ../nbs/03_simulate.ipynb #030040
 def simulated_step(
@@ -300,7 +300,7 @@ def simulated_step(
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
     return {"weights": held, "gradients": gradients, "activations": live.peak}, live
 
-# %% ../nbs/03_simulate.ipynb #030044
+# %% ../nbs/03_simulate.ipynb #030045
 def model_config(
     model,                # a catalogue name, a folder, a config.json, or a config of transformers
     layers=None,          # blocks, if not as many as the model has
@@ -328,7 +328,7 @@ class Simulated:
         rows = f"{s['micro_batch']} x {s['seq_len']} tokens"
         return f"Simulated({self.shape}, {rows}: peak {self.peak_bytes / 1e9:.2f} GB)"
 
-# %% ../nbs/03_simulate.ipynb #030045
+# %% ../nbs/03_simulate.ipynb #030046
 def simulate(
     model,             # a catalogue name, a folder, a config.json, or a config of transformers
     layers=(2, 4),     # blocks of the two models that are run; the line through them gives the full depth
@@ -342,7 +342,7 @@ def simulate(
     line["optimizer"] = predict(shape, **settings).components["optimizer"]
     return Simulated(shape.name, asdict(s), line)
 
-# %% ../nbs/03_simulate.ipynb #030048
+# %% ../nbs/03_simulate.ipynb #030049
 def largest(
     live: LiveBytes,
     n: int = 10,       # rows
@@ -356,7 +356,7 @@ def largest(
             for (op, dtype, shape), nbytes in size.most_common(n)]
     return "\n".join(["| made by | type | shape | tensors | MiB |", "|---|---|---|---:|---:|", *rows])
 
-# %% ../nbs/03_simulate.ipynb #030051
+# %% ../nbs/03_simulate.ipynb #030052
 GRID = {"model": ("mistral-7b", "llama-3-8b", "gemma-7b", "phi-3-mini"), "seq_len": (512, 1024, 2048, 4096),
         "checkpointing": (True, False), "fused_loss": (True, False)}
 PARTS = {"weights": ("base_quantised", "quant_constants", "base_16bit", "lora"), "gradients": ("gradients",),
@@ -388,7 +388,7 @@ def error(
     predicted, simulated = (sum(row[kind][k] for k in parts or PARTS) for kind in ("predicted", "simulated"))
     return predicted / simulated - 1
 
-# %% ../nbs/03_simulate.ipynb #030053
+# %% ../nbs/03_simulate.ipynb #030054
 def versions() -> dict:
     "The libraries whose code is simulated."
     return {name: version(name).split("+")[0] for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")}
