@@ -147,10 +147,9 @@ def chosen(matrix, parts):
 
 def driver():
     "NVML's handle of the GPU that CUDA will call 0, or None."
-    import pynvml
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if not first or not has_cuda(): return None
-    return pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(first)
+    from qlora_nb.calibrate import gpu_handle
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return gpu_handle() if has_cuda() and not hidden else None
 
 
 def gpu_used(handle):

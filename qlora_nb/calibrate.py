@@ -96,11 +96,11 @@ def remember(
 ) -> bool:                       # whether it was kept
     "Keep a measured overhead for this machine."
     if overhead is None: return False
-    facts = machine(device)
-    entry = facts | dict(context_bytes=overhead.context_bytes, fragments=overhead.fragments, basis=overhead.basis)
     try:
+        facts = machine(device)
+        entry = facts | dict(context_bytes=overhead.context_bytes, fragments=overhead.fragments, basis=overhead.basis)
         with whole_file(cache_file()) as f: json.dump(read_cache() | {machine_key(facts): entry}, f, indent=2)
-    except OSError: return False
+    except (OSError, InputError): return False  # a finished training does not fail for this
     return True
 
 # %% ../nbs/06_calibrate.ipynb #060016

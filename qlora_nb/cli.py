@@ -134,7 +134,7 @@ def other_phases(shape, settings: dict) -> dict:
 
 def judged(
     shape,                    # `ModelShape`
-    settings,                 # `Settings`; two rows at a time are one where two do not fit
+    settings,                 # `Settings`
     gpu: str | None,          # a card of the catalogue
     vram_gb: float | None,
 ) -> dict:

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 # %% ../nbs/04_phases.ipynb #040004
 from .vram_budget import (
-    Budget, InputError, ModelShape, Overhead, Settings, attention_bytes, forward_copy, has_adapter, linears,
-    lora_parameters, magnitudes, parameters, score_values, weight_bytes, whole_budget)
+    Budget, InputError, ModelShape, Overhead, Settings, adapter_bytes, attention_bytes, forward_copy, has_adapter,
+    linears, lora_parameters, parameters, score_values, weight_bytes, whole_budget)
 
 # %% ../nbs/04_phases.ipynb #040009
 def forward_room(
@@ -50,8 +50,7 @@ def resident(shape: ModelShape, s: Settings) -> tuple:
     "(counts, bytes) of a model with its adapter, ready to run."
     adapter = 0 if s.full_finetune else lora_parameters(shape, s.rank, s.targets, s.dora)
     counts = {"parameters": sum(parameters(shape).values()), "lora_parameters": adapter}
-    wide = 0 if s.full_finetune else magnitudes(shape, s.targets, s.dora)
-    return counts, weight_bytes(shape, s) | {"lora": adapter * s.lora_bytes + (4 - s.lora_bytes) * wide}
+    return counts, weight_bytes(shape, s) | {"lora": adapter_bytes(shape, s)}
 
 
 def predict_generation(

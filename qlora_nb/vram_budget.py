@@ -11,7 +11,7 @@ __all__ = ['FAMILIES', 'REQUIRED', 'MODELS', 'BLOCK', 'SECOND_BLOCK', 'OPTIMIZER
            'attention_bytes', 'kept_by_block', 'scales', 'forward_copy', 'backward_copy', 'dora_copies', 'has_adapter',
            'down_input', 'converted_input', 'recompute_moments', 'backward_moments', 'stays_on_gpu', 'offloaded_bytes',
            'held_inputs', 'common_bytes', 'offloaded_room', 'activation_bytes', 'loss_bytes', 'Overhead', 'Budget',
-           'budget_table', 'weight_bytes', 'whole_budget', 'predict', 'waterfall', 'plot_budgets']
+           'budget_table', 'weight_bytes', 'adapter_bytes', 'whole_budget', 'predict', 'waterfall', 'plot_budgets']
 
 # %% ../nbs/00_vram_budget.ipynb #000003
 import difflib, json
@@ -596,6 +596,13 @@ def weight_bytes(shape: ModelShape, s: Settings) -> dict:
     return {"base_quantised": packed, "quant_constants": constants, "base_16bit": (total - quantised) * s.compute_bytes}
 
 
+def adapter_bytes(shape: ModelShape, s: Settings) -> int:
+    "The adapter's weights; as many for its gradients."
+    if s.full_finetune: return 0
+    small = lora_parameters(shape, s.rank, s.targets)
+    return small * s.lora_bytes + 4 * magnitudes(shape, s.targets, s.dora)
+
+
 def whole_budget(
     shape: ModelShape,
     s: Settings,
@@ -623,11 +630,10 @@ def predict(
     tensors = [total] if s.full_finetune else adapter_tensors(shape, s.rank, s.targets, s.dora)
     trained, size = sum(tensors), s.compute_bytes if s.full_finetune else s.lora_bytes
     adapter = 0 if s.full_finetune else trained
-    trained_bytes = trained * size + (4 - size) * magnitudes(shape, s.targets, s.dora)
     state, pageable = optimizer_bytes(tensors, s.optimizer, size, s.device)
     kept, room = activation_bytes(shape, s)
     components = weight_bytes(shape, s) | {
-        "lora": trained_bytes if adapter else 0, "gradients": trained_bytes, "optimizer": state,
+        "lora": adapter_bytes(shape, s), "gradients": adapter_bytes(shape, s) or total * size, "optimizer": state,
         "checkpoints": kept, "layer": room, "loss": max(0, loss_bytes(shape, s) - room)}
     counts = {"parameters": total, "lora_parameters": adapter}
     return whole_budget(shape, s, counts, components, overhead, pageable)
