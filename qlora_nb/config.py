@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'CONF', 'GROUPS', 'RECORDED', 'PACKAGES', 'UNFINISHED', 'whole_file', 'whole_folder', 'write_json',
-           'read_json', 'write_jsonl', 'read_jsonl', 'Section', 'ModelSection', 'DataSection', 'EvalSection',
+           'read_json', 'write_jsonl', 'read_jsonl', 'Section', 'ModelSection', 'Source', 'DataSection', 'EvalSection',
            'GpuSection', 'LoraSection', 'TrainSection', 'RunConfig', 'flatten', 'known_keys', 'explain', 'validated',
            'choices', 'parse_override', 'has_cuda', 'compose', 'versions', 'sha256', 'Run', 'start_run', 'open_run',
            'load_secrets']
@@ -96,18 +96,48 @@ class ModelSection(Section):
     quant: Literal["nf4", "none"] = "nf4"        # the base's linear layers; `none` keeps 16 bit
     double_quant: bool = True                    # quantise the quantisation constants too
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    template: str = "auto"                       # chat format: the tokenizer's own, or one named in 07_contract
 
 # %% ../nbs/05_config.ipynb #050017
-class DataSection(Section):
-    "Where the rows come from and how they are split."
-    path: str                                    # `pydoc`, a CSV/JSON/JSONL file, or a Hub data set
-    subset: str | None = None                    # configuration of the Hub data set
-    split: str = "train"                         # split of the Hub data set
+class Source(Section):
+    "One place that rows come from."
+    path: str                                    # `pydoc`, a file, a folder, or a Hub data set as org/name
+    subset: str | None = None                    # configuration of a Hub data set
+    split: str = "train"                         # split of a Hub data set or of a saved `datasets` folder
     columns: dict[str, str] = {}                 # role -> column name
+    weight: float = Field(1.0, gt=0)             # share in the mix, relative to the other sources
+
+
+class DataSection(Section):
+    "Where the rows come from, what is done about the odd ones, and how they are split."
+    path: str | None = None                      # one source; or several as `sources`
+    subset: str | None = None                    # of `path`, as in `Source`; so are the next two
+    split: str = "train"
+    columns: dict[str, str] = {}
+    sources: list[Source] = []                   # to be mixed by weight
     eval_path: str | None = None                 # rows held out by the user
     eval_fraction: float = Field(0.1, gt=0, lt=1)
     seed: int = 42
     max_length: int = Field(2048, ge=16)         # tokens per sample
+    too_long: Literal["drop", "split", "truncate"] = "drop"        # what becomes of longer rows
+    near_duplicates: Literal["keep", "drop", "off"] = "keep"       # keep them on one side of the split, or one of each
+    strict: bool = False                         # a warning about the data stops the run
+
+    @model_validator(mode="after")
+    def _some_source(self):
+        if (self.path is None) == (not self.sources):
+            raise ValueError("give either data.path, for one source, or data.sources, for several")
+        return self
+
+    @property
+    def mix(self) -> list[Source]:
+        "The sources, be it one or several."
+        return self.sources or [Source(path=self.path, subset=self.subset, split=self.split, columns=self.columns)]
+
+    @property
+    def label(self) -> str:
+        "The sources in a few words."
+        return " + ".join(s.path for s in self.mix)
 
 
 class EvalSection(Section):
@@ -152,6 +182,7 @@ class TrainSection(Section):
     patience: int = Field(3, ge=1)               # evaluations without improvement before stopping
     log_steps: int = Field(5, ge=1)
     group_by_length: bool = True
+    packing: bool = False                        # several samples in one sequence, each blind to the others
     seed: int = 42
     lora: LoraSection = LoraSection()
 
@@ -232,7 +263,7 @@ def choices(
 
 def _quoted(value) -> str:
     "A value in Hydra's override grammar."
-    if isinstance(value, dict): return "{" + ",".join(f"{_quoted(k)}:{_quoted(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, dict): return "{" + ",".join(f"{k}:{_quoted(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list): return "[" + ",".join(map(_quoted, value)) + "]"
     if isinstance(value, str): return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
@@ -263,7 +294,8 @@ def _chosen_groups(given: dict) -> dict:
     groups = {g: given[g] for g in GROUPS if g in given}
     groups.setdefault("model", "mistral-7b" if has_cuda() else "tiny")
     for group in ("train", "eval"): groups.setdefault(group, "tiny" if groups["model"] == "tiny" else "default")
-    groups.setdefault("data", "pydoc" if given.get("data.path", "pydoc") == "pydoc" else "file")
+    own = given.get("data.path", "pydoc") != "pydoc" or "data.sources" in given
+    groups.setdefault("data", "file" if own else "pydoc")
     for group, choice in groups.items():
         if choice in choices(group): continue
         if group == "model" and ("/" in str(choice) or Path(str(choice)).exists()): continue
@@ -290,8 +322,7 @@ def compose(
     args = [f"{g}={c}" for g, c in groups.items()] + [f"++{k}={_quoted(v)}" for k, v in settings.items()]
     with initialize_config_dir(str(CONF), version_base=None):
         tree = OmegaConf.to_container(hydra_compose("config", args))
-    return validated({k: {n: v for n, v in sub.items() if v != "???"} if isinstance(sub, dict) else sub
-                      for k, sub in tree.items()})
+    return validated(tree)
 
 
 def _from_file(file) -> dict:

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['WANTED', 'device', 'device_name', 'compute_dtype', 'adapter_dtype', 'fetch', 'shape_of', 'load_tokenizer',
            'load_base', 'keep_autograd', 'lora_targets', 'cast_adapter', 'add_adapter', 'Loaded', 'load_plain',
-           'load_run']
+           'save_tokenizer', 'load_encoder', 'load_run']
 
-# %% ../nbs/16_model.ipynb #160002
+# %% ../nbs/16_model.ipynb #160003
 import contextlib, shutil, sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-# %% ../nbs/16_model.ipynb #160003
+# %% ../nbs/16_model.ipynb #160004
 from .config import ASSETS, LoraSection, ModelSection, Run
-from .contract import Contract, check_contract
+from .contract import Contract, Encoder, check_same, check_template, with_contract
 from .vram_budget import FUSED, InputError, ModelShape, load_shape
 
-# %% ../nbs/16_model.ipynb #160006
+# %% ../nbs/16_model.ipynb #160007
 def device() -> str:
     "`cuda`, `mps` or `cpu`: the best this machine has."
     import torch
@@ -48,7 +48,7 @@ def adapter_dtype(compute):
     import torch
     return torch.bfloat16 if device() == "cuda" and compute is torch.bfloat16 else torch.float32
 
-# %% ../nbs/16_model.ipynb #160009
+# %% ../nbs/16_model.ipynb #160010
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*")
 
 
@@ -70,7 +70,7 @@ def fetch(
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(wanted), local_files_only=True))
     return _download(path, revision, wanted)
 
-# %% ../nbs/16_model.ipynb #160011
+# %% ../nbs/16_model.ipynb #160012
 def _download(path: str, revision: str | None, wanted: tuple) -> Path:
     "Download a model from the Hub after a look at its size; every way to fail is one line."
     import httpx2
@@ -99,7 +99,7 @@ def _download(path: str, revision: str | None, wanted: tuple) -> Path:
         raise InputError(f"{path} could not be fetched from {constants.ENDPOINT} ({type(e).__name__}); run again to go on "
                          f"where it stopped, or {elsewhere}") from None
 
-# %% ../nbs/16_model.ipynb #160014
+# %% ../nbs/16_model.ipynb #160015
 def shape_of(
     path: str,                     # a catalogue name, a folder or a Hub id
     revision: str | None = None,
@@ -109,7 +109,7 @@ def shape_of(
     try: return load_shape(path)  # the catalogue knows some Hub ids
     except InputError: return load_shape(str(fetch(path, revision, ("config.json",))))
 
-# %% ../nbs/16_model.ipynb #160017
+# %% ../nbs/16_model.ipynb #160018
 def load_tokenizer(
     path: str,                    # `tiny`, a folder or a Hub id
     revision: str | None = None,
@@ -120,7 +120,7 @@ def load_tokenizer(
     if not tokenizer.is_fast: raise InputError(f"{path} has no tokenizer.json; convert its tokenizer to the fast format first")
     return tokenizer
 
-# %% ../nbs/16_model.ipynb #160019
+# %% ../nbs/16_model.ipynb #160020
 def load_base(
     path: str,                       # `tiny`, a folder or a Hub id
     revision: str | None = None,
@@ -148,7 +148,7 @@ def load_base(
     keep_autograd(model)
     return model.eval()
 
-# %% ../nbs/16_model.ipynb #160021
+# %% ../nbs/16_model.ipynb #160022
 def keep_autograd(
     model,  # any model, with or without 4-bit layers
 ) -> None:
@@ -157,7 +157,7 @@ def keep_autograd(
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit): module.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/16_model.ipynb #160023
+# %% ../nbs/16_model.ipynb #160024
 def lora_targets(
     model,
     wanted: list,  # projection names of unfused families
@@ -195,13 +195,18 @@ def add_adapter(
     cast_adapter(tuned)
     return tuned
 
-# %% ../nbs/16_model.ipynb #160033
+# %% ../nbs/16_model.ipynb #160034
 @dataclass
 class Loaded:
-    "A model ready to answer, with the tokenizer and contract it was trained with."
+    "A model ready to answer, with the encoder of its contract."
     model: object
-    tokenizer: object
-    contract: Contract
+    encoder: Encoder
+
+    @property
+    def tokenizer(self): return self.encoder.tokenizer
+
+    @property
+    def contract(self) -> Contract: return self.encoder.contract
 
 
 def load_plain(
@@ -209,9 +214,29 @@ def load_plain(
     contract: Contract,
 ) -> Loaded:
     "A base without adapter, under a contract."
-    tokenizer = load_tokenizer(model.path, model.revision)
-    check_contract(contract, tokenizer)
-    return Loaded(load_base(model.path, model.revision, model.quant, model.double_quant, model.compute_dtype), tokenizer, contract)
+    encoder = Encoder(contract, load_tokenizer(model.path, model.revision))
+    return Loaded(load_base(model.path, model.revision, model.quant, model.double_quant, model.compute_dtype), encoder)
+
+
+def save_tokenizer(
+    encoder: Encoder,
+    folder: Path,      # of an adapter or a merged model
+) -> None:
+    "The tokenizer with the contract's template, and the contract itself."
+    with_contract(encoder.contract, encoder.tokenizer).save_pretrained(folder)
+    encoder.contract.save(Path(folder) / "contract.json")
+
+
+def load_encoder(
+    folder: Path,                      # that `save_tokenizer` wrote
+    contract: Contract | None = None,  # what it has to agree with
+) -> Encoder:
+    "The encoder of an adapter or a merged model; refused if tokenizer, template or contract were changed since."
+    from transformers import AutoTokenizer
+    own, tokenizer = Contract.load(Path(folder) / "contract.json"), AutoTokenizer.from_pretrained(folder)
+    check_same(contract or own, own, f"{Path(folder).name}/contract.json")
+    check_template(own, tokenizer, Path(folder).name)
+    return Encoder(own, tokenizer)
 
 
 def load_run(
@@ -219,13 +244,11 @@ def load_run(
 ) -> Loaded:
     "The tuned model of a run: its adapter on its quantised base."
     from peft import PeftModel
-    from transformers import AutoTokenizer
     if not run.contract_file.exists() or not run.adapter.exists():
         raise InputError(f"{run.path} has no trained adapter yet; finish it with: qlora train --run {run.path}")
     contract = Contract.load(run.contract_file)
-    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    check_contract(contract, tokenizer)
+    encoder = load_encoder(run.adapter, contract)
     base = load_base(contract.model, contract.revision, contract.quant, contract.double_quant, contract.compute_dtype)
     model = PeftModel.from_pretrained(base, run.adapter)
     cast_adapter(model)
-    return Loaded(model.eval(), tokenizer, contract)
+    return Loaded(model.eval(), encoder)
