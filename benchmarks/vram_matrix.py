@@ -351,11 +351,11 @@ def tuned_model(c, config):
 def do_generation(c, config, meter, folder):
     "Answers of full length, with sampling."
     import torch
-    from qlora_nb.contract import make_contract
+    from qlora_nb.contract import Encoder, make_contract
     from qlora_nb.generate import settings
     from qlora_nb.model import Loaded, load_tokenizer
     s, tokenizer = c.settings, load_tokenizer("tiny")
-    loaded = Loaded(tuned_model(c, config), tokenizer, make_contract(tokenizer, run_config(c)))
+    loaded = Loaded(tuned_model(c, config), Encoder(make_contract(tokenizer, run_config(c)), tokenizer))
     ids = torch.randint(4, config["vocab_size"], (s["batch"], s["prompt"])).to(loaded.model.device)
     meter.loaded()
     for new_tokens in (4, s["new_tokens"]):  # the first one loads kernels, and is not timed
@@ -387,13 +387,14 @@ def do_evaluation(c, config, meter, folder):
 
 def merge_run(c, config, folder):
     "A run folder, as far as merging reads it, and its base beside it."
-    from qlora_nb.contract import make_contract
-    from qlora_nb.model import add_adapter, load_tokenizer
+    from qlora_nb.contract import Encoder, make_contract
+    from qlora_nb.model import add_adapter, load_tokenizer, save_tokenizer
     run, settings, tokenizer = Run(folder / "run"), run_config(c, str(folder / "base")), load_tokenizer("tiny")
     random_model(config, quant="none", where="cpu").save_pretrained(folder / "base")
     add_adapter(random_model(config), settings.train.lora).save_pretrained(run.adapter)
-    tokenizer.save_pretrained(run.adapter)
-    make_contract(tokenizer, settings).save(run.contract_file)
+    encoder = Encoder(make_contract(tokenizer, settings), tokenizer)
+    save_tokenizer(encoder, run.adapter)
+    encoder.contract.save(run.contract_file)
     return run
 
 

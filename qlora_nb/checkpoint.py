@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SAVING', 'sync_tree', 'last_checkpoint', 'ResumableTrainer']
 
-# %% ../nbs/17_checkpoint.ipynb #170002
+# %% ../nbs/17_checkpoint.ipynb #170003
 import os, re, shutil
 from pathlib import Path
 
-# %% ../nbs/17_checkpoint.ipynb #170003
+# %% ../nbs/17_checkpoint.ipynb #170004
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-# %% ../nbs/17_checkpoint.ipynb #170006
+# %% ../nbs/17_checkpoint.ipynb #170007
 def sync_tree(
     folder: Path,
 ) -> None:
@@ -32,7 +32,7 @@ def last_checkpoint(
              and (p / "trainer_state.json").exists()]
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
-# %% ../nbs/17_checkpoint.ipynb #170009
+# %% ../nbs/17_checkpoint.ipynb #170010
 SAVING = ".saving"
 
 

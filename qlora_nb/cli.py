@@ -93,7 +93,7 @@ def run_folder(
 ) -> Path:
     "The given folder, or one named after model and data."
     if given: return given
-    data = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(config.data.path).stem)
+    data = "".join(c if c.isalnum() or c in "._-+" else "-" for c in "+".join(Path(s.path).stem for s in config.data.mix))
     return Path("runs") / f"{config.model.name}-{data}"
 
 
@@ -229,11 +229,20 @@ def budget(
 # %% ../nbs/90_cli.ipynb #900020
 @app.command()
 def data(
-    source: Annotated[str, typer.Argument(help="a CSV, JSON or JSONL file, a Hub data set, or pydoc")],
+    sources: Annotated[list[str], typer.Argument(help="files or folders (CSV, TSV, JSON, JSONL, Parquet, gzipped or not), "
+                                                      "Hub data sets as org/name, or pydoc")],
     out: Annotated[Path, typer.Option(help="where the files go")],
-    model: Annotated[str, typer.Option(help="whose tokenizer measures the rows")] = "tiny",
+    model: Annotated[str, typer.Option(help="whose tokenizer and template measure the rows")] = "tiny",
     max_length: Annotated[int, typer.Option(help="tokens per sample")] = 2048,
     columns: Annotated[Optional[list[str]], typer.Option("--map", help="role=column, e.g. output=reply")] = None,
+    weight: Annotated[Optional[list[float]], typer.Option(help="share of each source in the mix, in their order")] = None,
+    subset: Annotated[Optional[str], typer.Option(help="configuration of a Hub data set")] = None,
+    split: Annotated[str, typer.Option(help="split of a Hub data set or of a saved datasets folder")] = "train",
+    eval_path: Annotated[Optional[str], typer.Option(help="rows held out by yourself")] = None,
+    eval_fraction: Annotated[float, typer.Option(help="share of the rows held out otherwise")] = 0.1,
+    seed: Annotated[int, typer.Option(help="of the split")] = 42,
+    too_long: Annotated[str, typer.Option(help="longer rows: drop, split or truncate")] = "drop",
+    near_duplicates: Annotated[str, typer.Option(help="keep (on one side of the split), drop or off")] = "keep",
     strict: Annotated[bool, typer.Option(help="warnings fail, too")] = False,
     as_json: Json = False,
 ):
@@ -242,28 +251,21 @@ def data(
     Example: qlora data support.csv --out data --map output=reply"""
     from qlora_nb.config import parse_override
     from qlora_nb.contract import make_contract
-    from qlora_nb.data import prepare
     from qlora_nb.model import load_tokenizer
-    config = _composed([f"model={model}", f"data.path={source}", f"data.max_length={max_length}"])
+    from qlora_nb.prepare import prepare, show
     mapped = {k: str(v) for k, v in map(parse_override, columns or [])}
-    config.data.columns.update(mapped)
+    if weight and len(weight) != len(sources):
+        raise InputError(f"{len(sources)} sources and {len(weight)} weights; give one --weight for each source")
+    mix = [dict(path=p, weight=w, subset=subset, split=split, columns=mapped) for p, w in zip(sources, weight or [1.0] * len(sources))]
+    options = dict(max_length=max_length, eval_path=eval_path, eval_fraction=eval_fraction, seed=seed, too_long=too_long,
+                   near_duplicates=near_duplicates, strict=strict, sources=mix if len(mix) > 1 else [],
+                   **(dict(path=sources[0], subset=subset, split=split, columns=mapped) if len(mix) == 1 else {}))
+    config = _composed([f"model={model}", *(f"data.{k}={json.dumps(v)}" for k, v in options.items())])
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     report = prepare(config.data, make_contract(tokenizer, config), tokenizer, out)
     if as_json: print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-    else: _show_data(report, out)
-    bad = {"FAIL", "WARN"} if strict else {"FAIL"}
-    raise typer.Exit(1 if report.status in bad else 0)
-
-
-def _show_data(report, out) -> None:
-    "A data report in the terminal."
-    show_table("Data", ["check", "status", "count", "first places"],
-               [(f.check, f.status, f.count, "; ".join(f.places[:2])) for f in report.findings])
-    for s in report.sources:
-        roles = ", ".join(f"{role} = {column}" + " (guessed)" * (role in s["guessed"]) for role, column in s["roles"].items())
-        print(f"{s['path']}: {roles}" + f"; not used: {', '.join(s['unused'])}" * bool(s["unused"]))
-    counts = ", ".join(f"{k} {v:,}" for k, v in report.counts.items())
-    print(f"{counts}; " + ("there already in" if report.reused else "written to") + f" {out}")
+    else: show(report, out=out)
+    raise typer.Exit(1 if report.failed(strict) else 0)
 
 # %% ../nbs/90_cli.ipynb #900023
 @app.command()
@@ -296,11 +298,11 @@ def train(
 
 def _show_plan(folder, settings, b, as_json) -> None:
     "What a dry run shows."
-    from qlora_nb.contract import Contract, encode, messages_of
-    from qlora_nb.data import load_rows
+    from qlora_nb.contract import Contract, Encoder, messages_of
     from qlora_nb.model import load_tokenizer
-    contract, tokenizer = Contract.load(folder.contract_file), load_tokenizer(settings.model.path, settings.model.revision)
-    first = [encode(contract, tokenizer, messages_of(r)) for r in load_rows(folder.data, "train")[:3]]
+    from qlora_nb.prepare import load_rows
+    encoder = Encoder(Contract.load(folder.contract_file), load_tokenizer(settings.model.path, settings.model.revision))
+    first = [encoder.encode(messages_of(r)) for r in load_rows(folder.data, "train")[:3]]
     if as_json:
         print(json.dumps(dict(config=settings.model_dump(), budget=b.to_dict(), rows=[dict(input_ids=e.input_ids, labels=e.labels) for e in first]), indent=2))
         return
@@ -437,10 +439,11 @@ def pipeline(
 def _answers(run, questions) -> None:
     "Ask the tuned model and print what it says."
     from qlora_nb.contract import messages_of
-    from qlora_nb.data import load_rows
+    from qlora_nb.prepare import load_rows
     from qlora_nb.generate import generate
     from qlora_nb.model import load_run
-    asked = [[dict(role="user", content=q)] for q in questions] or [messages_of(r)[:-1] for r in load_rows(run.data, "eval")[:3]]
+    asked = [[dict(role="user", content=q)] for q in questions] or [
+        messages_of(r)[:-1] for r in load_rows(run.data, "eval") if len(messages_of(r)) > 1][:3]
     for messages, answer in zip(asked, generate(load_run(run), asked, max_new_tokens=run.config.eval.max_new_tokens)):
         print(f"\n> {messages[-1]['content']}\n{answer.text}", flush=True)
     print()

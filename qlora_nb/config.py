@@ -193,6 +193,13 @@ class TrainSection(Section):
             f"might not be saved; set train.save_steps={self.eval_steps * max(1, self.save_steps // self.eval_steps)}")
         return self
 
+    @model_validator(mode="after")
+    def _packed_alone(self):
+        if self.packing and (self.micro_batch or 1) > 1: raise ValueError(
+            f"train.packing fills one sequence of data.max_length with samples; set train.micro_batch=1 (it is {self.micro_batch}) "
+            "and train.grad_accum to the sequences of an optimizer step")
+        return self
+
 # %% ../nbs/05_config.ipynb #050019
 class RunConfig(Section):
     "Everything that decides a run's result."
@@ -294,7 +301,7 @@ def _chosen_groups(given: dict) -> dict:
     groups = {g: given[g] for g in GROUPS if g in given}
     groups.setdefault("model", "mistral-7b" if has_cuda() else "tiny")
     for group in ("train", "eval"): groups.setdefault(group, "tiny" if groups["model"] == "tiny" else "default")
-    own = given.get("data.path", "pydoc") != "pydoc" or "data.sources" in given
+    own = given.get("data.path", "pydoc") != "pydoc" or bool(given.get("data.sources"))
     groups.setdefault("data", "file" if own else "pydoc")
     for group, choice in groups.items():
         if choice in choices(group): continue

@@ -621,7 +621,7 @@ def check_template(
 # %% ../nbs/07_contract.ipynb #070068
 def pad_batch(
     contract: Contract,
-    samples: list,        # of {"input_ids"} and perhaps "labels" and "position_ids"
+    samples: list,        # of {"input_ids"} and perhaps "labels", and "seq_lengths" where samples are packed
     side: str = "right",  # `left` for generation
 ) -> dict:                # tensors of shape (batch, length)
     "Samples as one padded batch: input_ids, labels if given, and attention_mask, or position_ids where samples are packed."
@@ -631,7 +631,8 @@ def pad_batch(
         gap = [fill] * (width - len(values))
         return gap + list(values) if side == "left" else list(values) + gap
     batch = {"input_ids": [padded(s["input_ids"], contract.pad_token_id) for s in samples]}
-    if "position_ids" in samples[0]: batch["position_ids"] = [padded(s["position_ids"], 0) for s in samples]
+    if "seq_lengths" in samples[0]:
+        batch["position_ids"] = [padded([i for n in s["seq_lengths"] for i in range(n)], 0) for s in samples]
     else: batch["attention_mask"] = [padded([1] * len(s["input_ids"]), 0) for s in samples]
     if "labels" in samples[0]: batch["labels"] = [padded(s["labels"], IGNORED) for s in samples]
     return {k: torch.tensor(v) for k, v in batch.items()}
@@ -663,11 +664,11 @@ def pack(
 
 def packed(
     samples: list,  # of {"input_ids", "labels"}, to stand in one sequence
-) -> dict:          # input_ids, labels, position_ids
-    "Samples one after the other; positions start again with each, and nothing is trained across a border."
-    out = dict(input_ids=[], labels=[], position_ids=[])
+) -> dict:          # input_ids, labels, seq_lengths
+    "Samples one after the other; nothing is trained across a border."
+    out = dict(input_ids=[], labels=[], seq_lengths=[])
     for s in samples:
         out["input_ids"] += s["input_ids"]
         out["labels"] += [IGNORED, *s["labels"][1:]]
-        out["position_ids"] += range(len(s["input_ids"]))
+        out["seq_lengths"].append(len(s["input_ids"]))
     return out

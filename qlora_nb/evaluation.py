@@ -6,18 +6,18 @@
 __all__ = ['ROUGE', 'SCHEMA', 'answer_nll', 'answer_losses', 'perplexity', 'rouge', 'bootstrap', 'measure', 'evaluate', 'table',
            'markdown', 'plot_report', 'write_report']
 
-# %% ../nbs/30_eval.ipynb #300002
+# %% ../nbs/30_eval.ipynb #300003
 import math, random, time
 
-# %% ../nbs/30_eval.ipynb #300003
+# %% ../nbs/30_eval.ipynb #300004
 from .config import Run, read_json, whole_file, write_json, write_jsonl
-from .contract import encode, messages_of, pad_batch
-from .data import load_rows
+from .contract import length_batches, messages_of, pad_batch
+from .prepare import load_rows
 from .generate import generate
 from .model import Loaded, load_run
 from .monitor import Plot
 
-# %% ../nbs/30_eval.ipynb #300006
+# %% ../nbs/30_eval.ipynb #300007
 def answer_nll(
     model,              # a causal language model, with or without adapter
     batch: dict,        # input_ids, attention_mask and labels, each (batch, length)
@@ -45,22 +45,23 @@ def answer_losses(
     "Negative log-likelihood of each row's answer tokens, EOS counted apart."
     import torch
     eos = loaded.contract.eos_token_id
-    samples = [encode(loaded.contract, loaded.tokenizer, messages_of(r)) for r in rows]
-    order, losses = sorted(range(len(samples)), key=lambda i: (len(samples[i]), i)), [None] * len(samples)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        batch = pad_batch(loaded.contract, [dict(input_ids=samples[i].input_ids, labels=samples[i].labels) for i in chosen])
+    samples = [(r, s) for r, found in enumerate(loaded.encoder.samples([messages_of(r) for r in rows])) for s in found]
+    losses = [dict(nll=0.0, tokens=0, eos_nll=0.0, eos_tokens=0) for _ in rows]
+    for n, chosen in enumerate(length_batches([len(s) for _, s in samples], batch_size)):
+        batch = pad_batch(loaded.contract, [dict(input_ids=samples[i][1].input_ids, labels=samples[i][1].labels) for i in chosen])
         batch = {k: v.to(loaded.model.device) for k, v in batch.items()}
         with torch.inference_mode(): nll = answer_nll(loaded.model, batch)
         labels = batch["labels"][:, 1:]
         ends, words = labels == eos, (labels != eos) & (labels != -100)
-        for row, i in enumerate(chosen):
-            losses[i] = dict(nll=nll[row][words[row]].sum().item(), tokens=words[row].sum().item(),
-                             eos_nll=nll[row][ends[row]].sum().item(), eos_tokens=ends[row].sum().item())
-        if progress: progress(start + len(chosen))
+        for at, i in enumerate(chosen):
+            found = dict(nll=nll[at][words[at]].sum().item(), tokens=words[at].sum().item(),
+                         eos_nll=nll[at][ends[at]].sum().item(), eos_tokens=ends[at].sum().item())
+            row = losses[samples[i][0]]
+            row.update({k: row[k] + v for k, v in found.items()})
+        if progress: progress(min(len(rows), n * batch_size + len(chosen)))
     return losses
 
-# %% ../nbs/30_eval.ipynb #300007
+# %% ../nbs/30_eval.ipynb #300008
 def perplexity(
     losses: list,             # as `answer_losses` returns them
     with_eos: bool = False,   # count the EOS of each answer
@@ -70,7 +71,7 @@ def perplexity(
     tokens = sum(l["tokens"] + (l["eos_tokens"] if with_eos else 0) for l in losses)
     return math.exp(nll / max(tokens, 1))
 
-# %% ../nbs/30_eval.ipynb #300011
+# %% ../nbs/30_eval.ipynb #300012
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -83,7 +84,7 @@ def rouge(
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     return [{k: v.fmeasure for k, v in scorer.score(r, p).items()} for p, r in zip(predictions, references, strict=True)]
 
-# %% ../nbs/30_eval.ipynb #300014
+# %% ../nbs/30_eval.ipynb #300015
 def bootstrap(
     values: list,          # one number per row
     draws: int = 2000,
@@ -96,7 +97,7 @@ def bootstrap(
     low, high = np.percentile(means, [2.5, 97.5])
     return dict(mean=float(x.mean()), low=float(low), high=float(high))
 
-# %% ../nbs/30_eval.ipynb #300017
+# %% ../nbs/30_eval.ipynb #300018
 def measure(
     loaded: Loaded,
     rows: list,            # all held-out rows, for perplexity
@@ -105,22 +106,23 @@ def measure(
     batch_size: int,
     say=print,
 ) -> tuple:                # (figures, answers); answers: per row {"text", "stopped", "tokens", rouge…}
-    "Perplexity, ROUGE, stop rate and speed of one model."
+    "Perplexity of one model, and where there are questions ROUGE, stop rate and speed."
     losses = answer_losses(loaded, rows, batch_size)
+    figures = dict(perplexity=perplexity(losses), perplexity_with_eos=perplexity(losses, with_eos=True))
+    if not asked: return figures, []
     start = time.monotonic()
     said = generate(loaded, [messages_of(r)[:-1] for r in asked], max_new_tokens, batch_size,
                     progress=lambda n: say(f"  answered {n}/{len(asked)}") if n == len(asked) or n // batch_size % 4 == 0 else None)
     seconds = time.monotonic() - start
     scores = rouge([a.text for a in said], [messages_of(r)[-1]["content"] for r in asked])
     answers = [dict(text=a.text, stopped=a.stopped, tokens=a.tokens, **s) for a, s in zip(said, scores)]
-    figures = dict(
-        perplexity=perplexity(losses), perplexity_with_eos=perplexity(losses, with_eos=True),
+    figures |= dict(
         **{k: bootstrap([a[k] for a in answers]) for k in ROUGE},
         stop_rate=sum(a["stopped"] for a in answers) / len(answers),
         tokens_per_s=sum(a["tokens"] for a in answers) / seconds, mean_tokens=sum(a["tokens"] for a in answers) / len(answers))
     return figures, answers
 
-# %% ../nbs/30_eval.ipynb #300020
+# %% ../nbs/30_eval.ipynb #300021
 SCHEMA = 1
 
 
@@ -133,13 +135,14 @@ def evaluate(
         say(f"{run.path} is evaluated already; delete {run.eval} to do it again")
         return read_json(run.eval / "report.json")
     settings, loaded, rows = run.config.eval, load_run(run), load_rows(run.data, "eval")
-    asked = random.Random(settings.seed).sample(rows, min(settings.rows, len(rows)))
+    questions = [r for r in rows if len(messages_of(r)) > 1]  # a plain text asks nothing
+    asked = random.Random(settings.seed).sample(questions, min(settings.rows, len(questions)))
     say(f"tuned: {len(rows)} rows, {len(asked)} answered")
     tuned, tuned_answers = measure(loaded, rows, asked, settings.max_new_tokens, settings.batch_size, say)
     say("base: the same rows with the adapter off")
     with loaded.model.disable_adapter():
         base, base_answers = measure(loaded, rows, asked, settings.max_new_tokens, settings.batch_size, say)
-    difference = {k: bootstrap([t[k] - b[k] for t, b in zip(tuned_answers, base_answers)]) for k in ROUGE}
+    difference = {k: bootstrap([t[k] - b[k] for t, b in zip(tuned_answers, base_answers)]) for k in ROUGE if asked}
     report = dict(schema=SCHEMA, model=loaded.contract.model, rows=len(rows), answered=len(asked),
                   max_new_tokens=settings.max_new_tokens, base=base, tuned=tuned, difference=difference,
                   perplexity_ratio=tuned["perplexity"] / base["perplexity"])
@@ -149,17 +152,16 @@ def evaluate(
     write_report(run, report, samples)
     return report
 
-# %% ../nbs/30_eval.ipynb #300021
+# %% ../nbs/30_eval.ipynb #300022
 def table(
     report: dict,  # as `evaluate` returns it
 ) -> list:         # rows of (name, base, tuned)
     "The figures as text."
     span = lambda v: f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-    line = lambda name, key, show: (name, show(report["base"][key]), show(report["tuned"][key]))
-    return [line("perplexity of the answers", "perplexity", "{:.2f}".format),
-            line("… with EOS", "perplexity_with_eos", "{:.2f}".format),
-            *(line(name, key, span) for name, key in zip(("ROUGE-1", "ROUGE-2", "ROUGE-L"), ROUGE)),
-            line("stop rate", "stop_rate", "{:.1%}".format), line("generated tokens/s", "tokens_per_s", "{:.0f}".format)]
+    lines = [("perplexity of the answers", "perplexity", "{:.2f}".format), ("… with EOS", "perplexity_with_eos", "{:.2f}".format),
+             *((name, key, span) for name, key in zip(("ROUGE-1", "ROUGE-2", "ROUGE-L"), ROUGE)),
+             ("stop rate", "stop_rate", "{:.1%}".format), ("generated tokens/s", "tokens_per_s", "{:.0f}".format)]
+    return [(name, show(report["base"][key]), show(report["tuned"][key])) for name, key, show in lines if key in report["tuned"]]
 
 
 def markdown(report: dict, samples: list) -> str:
@@ -177,7 +179,7 @@ def markdown(report: dict, samples: list) -> str:
                      quote(s["base"]), "", "tuned", quote(s["tuned"]), ""]
     return "\n".join(head)
 
-# %% ../nbs/30_eval.ipynb #300022
+# %% ../nbs/30_eval.ipynb #300023
 def plot_report(
     report: dict,  # as `evaluate` returns it
 ) -> Plot:
@@ -188,13 +190,14 @@ def plot_report(
     for at, name in enumerate(("base", "tuned")):
         color, values = f"C{at}", report[name]
         left.bar(at, values["perplexity"], color=color)
+        if "stop_rate" not in values: continue
         right.bar(at, 100 * values["stop_rate"], color=color)
         means = [values[k]["mean"] for k in ROUGE]
         errors = [[values[k]["mean"] - values[k]["low"] for k in ROUGE], [values[k]["high"] - values[k]["mean"] for k in ROUGE]]
         middle.bar([i + at * 0.4 for i in range(3)], means, 0.38, yerr=errors, capsize=3, color=color, label=name)
     left.set_title("perplexity", fontsize=10); right.set_title("stops by itself (%)", fontsize=10)
     middle.set_title("ROUGE F1, 95 % intervals", fontsize=10); middle.margins(y=0.3)
-    middle.legend(fontsize=8, ncols=2, loc="upper center")
+    if middle.patches: middle.legend(fontsize=8, ncols=2, loc="upper center")
     middle.set_xticks([0.2, 1.2, 2.2], ["1", "2", "L"])
     for axis in (left, right): axis.set_xticks([0, 1], ["base", "tuned"])
     return Plot(figure)

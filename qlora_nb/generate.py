@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Answer', 'settings', 'prompt_ids', 'generate', 'stream']
 
-# %% ../nbs/19_generate.ipynb #190002
+# %% ../nbs/19_generate.ipynb #190003
 import threading
 from dataclasses import dataclass
 
-# %% ../nbs/19_generate.ipynb #190003
-from .contract import encode_prompt, pad_batch
+# %% ../nbs/19_generate.ipynb #190004
+from .contract import length_batches, pad_batch
 from .model import Loaded
 from .vram_budget import InputError
 
-# %% ../nbs/19_generate.ipynb #190006
+# %% ../nbs/19_generate.ipynb #190007
 @dataclass
 class Answer:
     "What the model said."
@@ -34,24 +34,24 @@ def settings(
     from transformers import GenerationConfig
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
     return dict(generation_config=GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=loaded.contract.eos_token_id,
+        max_new_tokens=max_new_tokens, eos_token_id=loaded.contract.stop_token_ids,
         pad_token_id=loaded.contract.pad_token_id, bos_token_id=loaded.contract.bos_token_id, **sampling))
 
-# %% ../nbs/19_generate.ipynb #190008
+# %% ../nbs/19_generate.ipynb #190009
 def prompt_ids(
     loaded: Loaded,
     messages: list,        # a conversation that ends with a user turn
     max_new_tokens: int,
 ) -> list:                 # token ids
     "The ids of a prompt; refused when it leaves no room for `max_new_tokens`."
-    ids = encode_prompt(loaded.contract, loaded.tokenizer, messages)
+    ids = loaded.encoder.prompt(messages)
     room = getattr(loaded.model.config, "max_position_embeddings", None)
     if room and len(ids) + max_new_tokens > room:
         raise InputError(f"the prompt has {len(ids)} tokens and {max_new_tokens} new ones were asked for, but the model's "
                          f"context is {room}; shorten the prompt or ask for at most {max(0, room - len(ids))}")
     return ids
 
-# %% ../nbs/19_generate.ipynb #190011
+# %% ../nbs/19_generate.ipynb #190012
 def generate(
     loaded: Loaded,
     conversations: list,          # each ends with a user turn
@@ -65,28 +65,25 @@ def generate(
     "Answer many conversations."
     import torch
     prompts = [prompt_ids(loaded, c, max_new_tokens) for c in conversations]
-    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     answers, wishes = [None] * len(prompts), settings(loaded, max_new_tokens, temperature, top_p)
     torch.manual_seed(seed)
-    for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start:start + batch_size]
+    for n, chosen in enumerate(length_batches([len(p) for p in prompts], batch_size)):
         batch = pad_batch(loaded.contract, [{"input_ids": prompts[i]} for i in chosen], side="left")
         batch = {k: v.to(loaded.model.device) for k, v in batch.items()}
         with torch.inference_mode(): out = loaded.model.generate(**batch, **wishes)
         for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1]:].tolist()):
             answers[i] = _answer(loaded, ids, len(prompts[i]))
-        if progress: progress(start + len(chosen))
+        if progress: progress(n * batch_size + len(chosen))
     return answers
 
 
 def _answer(loaded, ids, prompt_tokens) -> Answer:
     "Generated ids up to and without EOS as text."
-    eos = loaded.contract.eos_token_id
-    end = ids.index(eos) if eos in ids else len(ids)
+    end = next((n for n, i in enumerate(ids) if i in loaded.contract.stop_token_ids), None)
     text = loaded.tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return Answer(text, end + (eos in ids), prompt_tokens, eos in ids)
+    return Answer(text, len(ids) if end is None else end + 1, prompt_tokens, end is not None)
 
-# %% ../nbs/19_generate.ipynb #190015
+# %% ../nbs/19_generate.ipynb #190016
 def stream(
     loaded: Loaded,
     messages: list,               # a conversation that ends with a user turn

@@ -7,7 +7,7 @@ __all__ = ['COLDEST', 'log', 'COMMANDS', 'Engine', 'with_system', 'conversation'
            'Health', 'health', 'refuse', 'numbered_failures', 'bearer_check', 'forms_are_json', 'make_app',
            'is_loopback', 'listen', 'greeting', 'serve', 'Talk', 'command', 'say', 'chat']
 
-# %% ../nbs/40_serve.ipynb #400002
+# %% ../nbs/40_serve.ipynb #400003
 import contextlib, hmac, ipaddress, json, logging, os, secrets, socket, threading, traceback, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .generate import Answer, generate, stream
 from .model import Loaded, device_name, load_run
 from .vram_budget import InputError
 
-# %% ../nbs/40_serve.ipynb #400005
+# %% ../nbs/40_serve.ipynb #400007
 COLDEST = 0.01  # below, dividing by the temperature overflows, and drawing is no different from greedy
 
 
@@ -57,7 +57,7 @@ def _drawing(temperature, top_p, seed) -> dict:
     return dict(temperature=temperature if temperature >= COLDEST else 0.0, top_p=top_p,
                 seed=secrets.randbelow(2**63) if seed is None else seed)
 
-# %% ../nbs/40_serve.ipynb #400007
+# %% ../nbs/40_serve.ipynb #400009
 def with_system(
     system: str | None,  # who the model is to be
     turns: list,         # of {"role", "content"}
@@ -83,7 +83,7 @@ def infer(
     "One answer to one question."
     return Engine(loaded).answer(conversation(prompt, system), max_new_tokens, temperature, top_p, seed).text
 
-# %% ../nbs/40_serve.ipynb #400017
+# %% ../nbs/40_serve.ipynb #400019
 class GenerateRequest(BaseModel):
     "What `POST /generate` takes."
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [
@@ -102,7 +102,7 @@ class GenerateResponse(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"response": "Join two or more pathname components."}]})
     response: str
 
-# %% ../nbs/40_serve.ipynb #400018
+# %% ../nbs/40_serve.ipynb #400020
 class Health(BaseModel):
     "What `GET /health` gives."
     status: str                    # ok
@@ -117,7 +117,7 @@ def health(engine: Engine) -> Health:
     shown = Path(model).name if Path(model).expanduser().exists() else model
     return Health(status="ok", gpu=device_name(), model=shown, adapter=engine.adapter)
 
-# %% ../nbs/40_serve.ipynb #400021
+# %% ../nbs/40_serve.ipynb #400023
 log = logging.getLogger("qlora_nb.serve")
 
 
@@ -143,7 +143,7 @@ def numbered_failures():
         log.error("request %s failed with %s\n%s", number, type(e).__name__, where)
         raise HTTPException(500, f"the model failed on this request; the log says more under {number}") from None
 
-# %% ../nbs/40_serve.ipynb #400023
+# %% ../nbs/40_serve.ipynb #400025
 def bearer_check(
     key: str,  # what the Authorization header must carry
 ):             # a FastAPI dependency
@@ -169,7 +169,7 @@ def forms_are_json(
         await app(scope, receive, send)
     return relabelled
 
-# %% ../nbs/40_serve.ipynb #400025
+# %% ../nbs/40_serve.ipynb #400027
 def make_app(
     engine: Engine,
 ):  # `fastapi.FastAPI`
@@ -193,7 +193,7 @@ def make_app(
 
     return app
 
-# %% ../nbs/40_serve.ipynb #400035
+# %% ../nbs/40_serve.ipynb #400037
 def is_loopback(host: str) -> bool:
     "Whether only this machine can reach `host`."
     try: return ipaddress.ip_address(host).is_loopback
@@ -215,7 +215,7 @@ def listen(
         reason = str(e.strerror).split(" (while")[0]  # socket appends the address, which stands here already
         raise InputError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from None
 
-# %% ../nbs/40_serve.ipynb #400037
+# %% ../nbs/40_serve.ipynb #400039
 def greeting(
     host: str,
     port: int,
@@ -243,7 +243,7 @@ def serve(
         print(greeting(host, sock.getsockname()[1], with_key=bool(key)), flush=True)
         with contextlib.suppress(KeyboardInterrupt): uvicorn.Server(uvicorn.Config(app)).run(sockets=[sock])
 
-# %% ../nbs/40_serve.ipynb #400040
+# %% ../nbs/40_serve.ipynb #400042
 COMMANDS = "/reset starts over, /system TEXT says who the model is to be, /exit leaves; Ctrl-C stops an answer"
 
 
@@ -267,7 +267,7 @@ def command(
     if name == "/system": talk.system = text.strip(); return f"system: {talk.system or '(none)'}"
     return f"there is no {name}; {COMMANDS}"
 
-# %% ../nbs/40_serve.ipynb #400043
+# %% ../nbs/40_serve.ipynb #400045
 def say(
     engine: Engine,
     talk: Talk,
@@ -289,7 +289,7 @@ def say(
     if text := "".join(said).strip(): talk.turns.append({"role": "assistant", "content": text})
     else: talk.turns.pop()  # nothing was answered: as if not asked
 
-# %% ../nbs/40_serve.ipynb #400044
+# %% ../nbs/40_serve.ipynb #400046
 def chat(
     loaded: Loaded,
     read=input,               # called with what to show before the line

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['LONG_ENOUGH', 'budget_settings', 'predicted', 'available', 'with_batch', 'choose', 'plan', 'make_data',
-           'encoded_rows', 'guard', 'trainer_arguments', 'make_trainer', 'fit', 'compare_memory', 'summarise',
+           'training_samples', 'guard', 'trainer_arguments', 'make_trainer', 'fit', 'compare_memory', 'summarise',
            'save_adapter']
 
 # %% ../nbs/20_train.ipynb #200004
 import json, tempfile, time
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/20_train.ipynb #200005
 from .calibrate import (
     free_bytes, measured_overhead, overhead_for, release_freed, remember, steady_memory)
 from .config import Run, RunConfig, compose, load_secrets, read_json, start_run, write_json
-from .contract import Contract, encode, make_contract, messages_of
-from .data import load_rows, prepare
+from .contract import Contract, Encoder, make_contract, messages_of, pack, packed, pad_batch, with_contract
+from .prepare import load_rows, load_samples, prepare
 from .vram_budget import Budget, InputError, predict
 
 # %% ../nbs/20_train.ipynb #200010
@@ -27,10 +28,11 @@ def budget_settings(
     "A run's settings as the budget counts them; rows are padded to a multiple of 8."
     from qlora_nb.model import adapter_dtype, compute_dtype, device
     train, model = config.train, config.model
+    if longest is None or train.packing: longest = config.data.max_length
     compute = compute_dtype(model.compute_dtype)
     return dict(
-        seq_len=-(-(longest or config.data.max_length) // 8) * 8, micro_batch=train.micro_batch, rank=train.lora.r,
-        targets=tuple(train.lora.targets), quant="nf4" if model.quant == "nf4" else "bf16", double_quant=model.double_quant,
+        seq_len=-(-longest // 8) * 8, micro_batch=train.micro_batch, packed=train.packing,
+        rank=train.lora.r, targets=tuple(train.lora.targets), quant="nf4" if model.quant == "nf4" else "bf16", double_quant=model.double_quant,
         optimizer=train.optimizer, checkpointing=train.activation_checkpointing, offloading=train.activation_offloading,
         compute_bytes=compute.itemsize, autocast=compute.itemsize == 2,
         lora_bytes=2 if model.quant == "nf4" else adapter_dtype(compute).itemsize,  # TRL casts adapters of 4-bit bases
@@ -71,6 +73,7 @@ def choose(
     started = run.checkpoints.exists() and run.budget_file.exists()
     known = read_json(run.budget_file).get("chosen", {}).get("micro_batch") if started else None
     if batch := config.train.micro_batch or known: return with_batch(config, batch)
+    if config.train.packing: return with_batch(config, 1)
     two = with_batch(config, 2)
     fits = config.train.effective_batch > 1 and predicted(two, longest).peak_bytes <= available(config)[0]
     return two if fits else with_batch(config, 1)
@@ -103,23 +106,29 @@ def make_data(
         raise InputError(f"{run.contract_file} was made with another {', '.join(differs)}; choose another folder with --run")
     report = prepare(config.data, contract, tokenizer, run.data)
     contract.save(run.contract_file)
+    if config.data.strict and report.failed(strict=True):
+        raise InputError(f"data.strict: the data report says {report.status}; see {run.data / 'report.html'}, mend the rows "
+                         "or leave data.strict out")
     run.record(config, data_sha256=report.rows_sha256)
     return report
 
 
-def encoded_rows(
-    contract: Contract,
-    tokenizer,
-    rows: list,  # as `load_rows` returns them
-):               # `datasets.Dataset` with input_ids, labels and length
-    "Rows as the trainer takes them. Every row ends in a trained EOS, or this refuses to go on."
+def training_samples(
+    run: Run,
+    config: RunConfig,
+    side: str,          # `train` or `eval`
+):                      # `datasets.Dataset` with input_ids and labels, and length or, of packed samples, seq_lengths
+    "The samples that the trainer takes. Every one ends in a trained EOS, or this refuses to go on."
     from datasets import Dataset
-    samples = [encode(contract, tokenizer, messages_of(r)) for r in rows]
-    for i, s in enumerate(samples):
-        if s.labels[-1] != contract.eos_token_id or len(s) > contract.max_length:
-            raise InputError(f"row {i} does not end in a trained EOS within {contract.max_length} tokens; "
-                             "write the data again: delete the run's data folder")
-    return Dataset.from_list([dict(input_ids=s.input_ids, labels=s.labels, length=len(s)) for s in samples])
+    eos, most, data = Contract.load(run.contract_file).eos_token_id, config.data.max_length, load_samples(run.data, side)
+    for part in data.iter(1000):
+        for row, labels in zip(part["row"], part["labels"]):
+            if labels[-1] != eos or len(labels) > most:
+                raise InputError(f"row {row} of {side}.jsonl does not end in a trained EOS within {most} tokens; "
+                                 "write the data again: delete the run's data folder")
+    data = data.remove_columns("row")
+    if side == "eval" or not config.train.packing: return data
+    return Dataset.from_list([packed([data[i] for i in together]) for together in pack(data["length"], most)])
 
 # %% ../nbs/20_train.ipynb #200022
 def guard(
@@ -169,9 +178,9 @@ def trainer_arguments(
         eval_strategy="steps", eval_steps=t.eval_steps, save_strategy="steps", save_steps=t.save_steps,
         save_total_limit=t.keep_checkpoints, load_best_model_at_end=True, metric_for_best_model="eval_loss",
         greater_is_better=False, restore_callback_states_from_checkpoint=True, logging_steps=t.log_steps,
-        include_num_input_tokens_seen="all", train_sampling_strategy="group_by_length" if t.group_by_length else "random",
-        length_column_name="length", max_length=None, pad_to_multiple_of=8, seed=t.seed, data_seed=t.seed,
-        report_to="tensorboard", disable_tqdm=True, dataloader_pin_memory=device() == "cuda")
+        include_num_input_tokens_seen="all", length_column_name="length", max_length=None,
+        train_sampling_strategy="group_by_length" if t.group_by_length and not t.packing else "random",
+        seed=t.seed, data_seed=t.seed, report_to="tensorboard", disable_tqdm=True, dataloader_pin_memory=device() == "cuda")
 
 # %% ../nbs/20_train.ipynb #200030
 def make_trainer(
@@ -187,18 +196,18 @@ def make_trainer(
     from qlora_nb.model import add_adapter, compute_dtype, load_base, load_tokenizer
     from qlora_nb.monitor import MetricsLog, StopOnSignal
     model, contract = config.model, Contract.load(run.contract_file)
-    tokenizer = load_tokenizer(model.path, model.revision)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
-    data = {side: encoded_rows(contract, tokenizer, load_rows(run.data, side)) for side in ("train", "eval")}
+    encoder = Encoder(contract, load_tokenizer(model.path, model.revision))
+    data = {side: training_samples(run, config, side) for side in ("train", "eval")}
     base = load_base(model.path, model.revision, model.quant, model.double_quant, model.compute_dtype)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.tensorboard)  # where transformers looks for it
     trainer = ResumableTrainer(
         add_adapter(base, config.train.lora, config.train.seed),
         trainer_arguments(run, config, compute_dtype(model.compute_dtype), len(data["train"])),
-        train_dataset=data["train"], eval_dataset=data["eval"], processing_class=tokenizer,
+        train_dataset=data["train"], eval_dataset=data["eval"], data_collator=partial(pad_batch, contract),
+        processing_class=with_contract(contract, encoder.tokenizer),
         callbacks=[MetricsLog(run, meter, say), EarlyStoppingCallback(config.train.patience), stop := StopOnSignal(say)])
     trainer.remove_callback(PrinterCallback)
-    trainer.stop_on_signal = stop
+    trainer.stop_on_signal, trainer.encoder = stop, encoder
     return trainer
 
 # %% ../nbs/20_train.ipynb #200031
@@ -268,6 +277,7 @@ def summarise(run: Run, config: RunConfig, trainer, mean_loss: float, meter, sec
 def save_adapter(run: Run, trainer) -> None:
     "The adapter and its tokenizer in final_adapter/, whole or not at all."
     from qlora_nb.config import whole_folder
+    from qlora_nb.model import save_tokenizer
     with whole_folder(run.adapter) as folder:
         trainer.model.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        save_tokenizer(trainer.encoder, folder)

@@ -109,13 +109,14 @@ def check(path):
     "Read a file to the end and see that all of it is accounted for; raises InputError if it is refused."
     data, records = path.read_bytes(), list(read_records(str(path)))
     form, spans = text_form(path), [r.span for r in records]
-    lines = form.decode(data[form.bom:]).split("\r" if form.mac else "\n")
+    cut = lambda part: [form.decode(line) for line in part.split(form.end.encode(form.codec))]
+    lines = cut(data[form.bom:])
     if path.suffix == ".jsonl": assert len(records) == sum(bool(line.strip()) for line in lines)
     else:
         assert form.bom < spans[0][0] and spans[-1][1] == len(data)
         assert [end for _, end in spans[:-1]] == [start for start, _ in spans[1:]]
     for r in records:
-        assert form.decode(data[slice(*r.span)]).startswith(r.original)
+        assert form.end.join(cut(data[slice(*r.span)])).startswith(r.original)
         assert (r.value is None) == bool(r.error) == bool(r.check) and r.check in ("", "syntax", "encoding")
         line = int(r.place.rpartition(":")[2])
         assert 0 < line <= len(lines) and 0 <= r.column <= len(lines[line - 1]) + 1
