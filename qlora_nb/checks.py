@@ -10,7 +10,7 @@ __all__ = ['CHECKS', 'DAMAGED', 'CONTROL', 'MORE_THAN_SHORT', 'BREAKS', 'FEWEST'
 
 # %% ../nbs/12_checks.ipynb #120003
 import bisect, hashlib, re
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 # %% ../nbs/12_checks.ipynb #120004
@@ -277,7 +277,7 @@ def fitting_prefix(
         end = cut - 1
     return 0
 
-
+# %% ../nbs/12_checks.ipynb #120048
 def split_text(
     text: str,
     size,       # text -> tokens
@@ -294,7 +294,7 @@ def split_text(
         start += cut
     return pieces
 
-# %% ../nbs/12_checks.ipynb #120050
+# %% ../nbs/12_checks.ipynb #120051
 FEWEST = 8  # tokens of an answer, EOS included, below which truncation is no use
 
 
@@ -333,7 +333,7 @@ def _truncated(row: dict, encoder, size, most: int) -> list:
     cut = fitting_prefix(last["content"], lambda text: size(with_answer(text)), most)
     return with_answer(last["content"][:cut].rstrip()) if last["content"][:cut].strip() else []
 
-# %% ../nbs/12_checks.ipynb #120052
+# %% ../nbs/12_checks.ipynb #120053
 def _ends(sample, eos_token_id: int) -> bool:
     "Whether the last answer of a sample is trained to its EOS."
     start = next((n for n in range(len(sample) - 1, -1, -1) if sample.labels[n] == IGNORED), -1) + 1

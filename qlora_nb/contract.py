@@ -401,6 +401,9 @@ def pieces_of(
     return out
 
 
+_COMMON = 32  # turns up to which plans are kept
+
+
 class Encoder:
     "Conversations to tokens and back, as a contract says; refuses a tokenizer that is not the contract's."
 
@@ -425,13 +428,23 @@ class Encoder:
     def _pieces(self, roles: tuple) -> list:
         "The pieces for these roles, which end with an assistant turn."
         if roles not in self._frames:
-            c = self.contract
-            if roles == ("assistant",): atoms = self._plain_text()
-            else: atoms = answers_trained(frame(c.template, roles, self._controls, special_texts(self.tokenizer)), roles, c.mask == "marks")
-            self._frames[roles] = pieces = pieces_of(atoms, c.leading_space)
+            c, atoms = self.contract, self._plain_text() if roles == ("assistant",) else self._frame(roles)
+            pieces = pieces_of(atoms, c.leading_space)
             for p in pieces:
-                if p.ids is None and str in map(type, p.parts) and int not in map(type, p.parts): p.ids = ids_of(self._bare, p.text([]))
+                if p.ids is None and int not in map(type, p.parts): p.ids = ids_of(self._bare, p.text([]))
+            if len(roles) > _COMMON: return pieces
+            self._frames[roles] = pieces
         return self._frames[roles]
+
+    def _frame(self, roles: tuple) -> list:
+        "The frame for these roles; an `InputError` if the template does not take them all."
+        from jinja2 import TemplateError
+        try: atoms = frame(self.contract.template, roles, self._controls, special_texts(self.tokenizer))
+        except TemplateError as e: raise InputError(f"the chat template refuses turns in the order {', '.join(roles)} ({e})") from None
+        turns = [v for v, _ in atoms if v.__class__ is int]
+        if sorted(turns) != list(range(len(roles))):
+            raise InputError(f"the chat template drops or repeats a turn of {', '.join(roles)}; let user and assistant take turns")
+        return answers_trained(atoms, roles, self.contract.mask == "marks")
 
     def _plain_text(self) -> list:
         "The frame of a text without a question: BOS, the text, EOS."
@@ -442,12 +455,14 @@ class Encoder:
 
     def _plan(self, roles: tuple) -> list:
         "The samples of a conversation: pieces, and what is trained, for each."
-        if roles not in self._plans:
-            whole = self._pieces(roles)
-            ends = [n + 1 for n, r in enumerate(roles) if r == "assistant"]
-            still = all(whole[:len(q)] == q for q in (_question(self._pieces(roles[:n])) for n in ends))
-            self._plans[roles] = [whole] if still else [_last_answer(self._pieces(roles[:n])) for n in ends]
-        return self._plans[roles]
+        if roles in self._plans: return self._plans[roles]
+        ends = [n + 1 for n, r in enumerate(roles) if r == "assistant"]
+        few = roles[:ends[min(2, len(ends) - 1)]]  # what a template does to three answers it does to more
+        start = self._pieces(few)
+        still = all(start[:len(q)] == q for q in (_question(self._pieces(few[:n])) for n in ends[:3]))
+        plan = [self._pieces(roles)] if still else [_last_answer(self._pieces(roles[:n])) for n in ends]
+        if len(roles) <= _COMMON: self._plans[roles] = plan
+        return plan
 
     def _turns(self, messages: list) -> tuple:
         "(roles, texts) with the system turn and the white space where the contract wants them."
@@ -594,7 +609,7 @@ def make_contract(
     _as_elsewhere(contract, tokenizer)
     return contract
 
-# %% ../nbs/07_contract.ipynb #070064
+# %% ../nbs/07_contract.ipynb #070066
 def with_contract(
     contract: Contract,
     tokenizer,
@@ -618,7 +633,7 @@ def check_template(
     raise InputError(f"the chat template in {where} differs from contract.json's at character {at} ({got[at:at + 30]!r} there, "
                      f"{want[at:at + 30]!r} in the contract); restore it")
 
-# %% ../nbs/07_contract.ipynb #070068
+# %% ../nbs/07_contract.ipynb #070070
 def pad_batch(
     contract: Contract,
     samples: list,        # of {"input_ids"} and perhaps "labels", and "seq_lengths" where samples are packed
@@ -637,7 +652,7 @@ def pad_batch(
     if "labels" in samples[0]: batch["labels"] = [padded(s["labels"], IGNORED) for s in samples]
     return {k: torch.tensor(v) for k, v in batch.items()}
 
-# %% ../nbs/07_contract.ipynb #070071
+# %% ../nbs/07_contract.ipynb #070073
 def length_batches(
     lengths: list,    # in tokens
     batch_size: int,
@@ -646,7 +661,7 @@ def length_batches(
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
-# %% ../nbs/07_contract.ipynb #070074
+# %% ../nbs/07_contract.ipynb #070076
 def pack(
     lengths: list,  # in tokens
     most: int,      # tokens in one sequence; a longer sample gets one of its own

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BOMS', 'SEQUENCE', 'ODD_IN_CP1252', 'QUOTED', 'BROKEN', 'LONGEST_LINE', 'LONGEST_RECORD', 'CREDIT', 'JSON', 'SPACE',
-           'FORMATS', 'KNOWN', 'SPLIT', 'SAME_SPLIT', 'Record', 'open_bytes', 'Form', 'utf16_codec', 'is_cp1252',
-           'text_form', 'damaged', 'legible', 'byte_lines', 'Dialect', 'dialect_fit', 'csv_dialect', 'Supply',
-           'width_of', 'lines_lost', 'explain_csv', 'strays', 'csv_entries', 'column_names', 'header_fields',
+           'FORMATS', 'KNOWN', 'SPLIT', 'SAME_SPLIT', 'Record', 'said', 'open_bytes', 'Form', 'utf16_codec',
+           'is_cp1252', 'text_form', 'damaged', 'legible', 'byte_lines', 'Dialect', 'dialect_fit', 'csv_dialect',
+           'Supply', 'width_of', 'lines_lost', 'explain_csv', 'strays', 'csv_entries', 'column_names', 'header_fields',
            'csv_file', 'position', 'field_starts', 'csv_flaw', 'csv_records', 'TwiceError', 'kind_of', 'texts',
            'json_flaw', 'object_flaw', 'line_records', 'Window', 'array_records', 'json_records', 'object_record',
            'parquet_records', 'saved_records', 'hub_refusal', 'hub_records', 'reader_of', 'source_kind',
@@ -14,7 +14,7 @@ __all__ = ['BOMS', 'SEQUENCE', 'ODD_IN_CP1252', 'QUOTED', 'BROKEN', 'LONGEST_LIN
            'fingerprint']
 
 # %% ../nbs/10_data.ipynb #100003
-import codecs, contextlib, csv, difflib, gzip, hashlib, io, json, os, re, shutil, tempfile, zlib
+import codecs, contextlib, csv, difflib, gzip, hashlib, io, json, re, shutil, tempfile, zlib
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +38,11 @@ class Record:
     span: tuple | None = None   # its first byte and the one after its last, in the uncompressed file
 
 # %% ../nbs/10_data.ipynb #100010
+def said(error: Exception) -> str:
+    "An error's message on one line."
+    return " ".join(str(error).split())[:300]
+
+
 @contextlib.contextmanager
 def open_bytes(
     path: Path,
@@ -51,7 +56,7 @@ def open_bytes(
             if packed: f = io.BufferedReader(gzip.GzipFile(fileobj=f), 1 << 18)
             yield f
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise InputError(f"{path} is a cut-off or damaged gzip file ({e}); copy it again") from None
+        raise InputError(f"{path} is a cut-off or damaged gzip file ({said(e)}); copy it again") from None
     except PermissionError: raise InputError(f"{path} cannot be read; change its permissions") from None
 
 # %% ../nbs/10_data.ipynb #100013
@@ -142,7 +147,9 @@ BROKEN = re.compile("[\0\ud800-\udfff]")
 
 def legible(text: str) -> str:
     "The text with undecodable bytes spelt out, such as `\\xe9`; it can be stored as JSON."
-    spell = lambda m: f"\\x{ord(m[0]) & 255:02x}" if m[0] == "\0" or "\udc80" <= m[0] <= "\udcff" else f"\\u{ord(m[0]):04x}"
+    def spell(found):
+        code = ord(found[0])
+        return f"\\x{code & 255:02x}" if code == 0 or 0xdc80 <= code <= 0xdcff else f"\\u{code:04x}"
     return BROKEN.sub(spell, text)
 
 # %% ../nbs/10_data.ipynb #100021
@@ -177,7 +184,8 @@ class Dialect:
 
     def reader(self, lines, strict=True):
         "A `csv.reader` for an iterable of lines."
-        return csv.reader(lines, delimiter=self.delimiter, quotechar=self.quote, skipinitialspace=self.spaces, strict=strict)
+        return csv.reader(lines, delimiter=self.delimiter, quotechar=self.quote, skipinitialspace=self.spaces,
+                          strict=strict)
 
 
 def dialect_fit(
@@ -222,14 +230,14 @@ class Supply:
     def __init__(self, lines, decode):
         self.lines, self.decode = lines, decode
         self.again, self.taken = deque(), []             # lines put back; lines of the present record
-        self.ahead, self.room = 0, LONGEST_RECORD        # bytes read past its first line, and how many may be
+        self.ahead = 0                                   # bytes of it past its first line
 
     def __iter__(self):
         lines, decode, again, taken = self.lines, self.decode, self.again, self.taken
         while raw := again.popleft() if again else next(lines, None):
             if taken:
                 self.ahead += len(raw)
-                if self.ahead > self.room: again.appendleft(raw); return
+                if self.ahead > LONGEST_RECORD: again.appendleft(raw); return
             taken.append(raw)
             yield decode(raw)
 
@@ -258,16 +266,16 @@ def lines_lost(
     lines = [supply.decode(raw) for raw in (supply.taken[1:] if ended else supply.taken[1:-1])]
     widths = [width_of(line, dialect) for line in lines if line.strip()]
     if not width or not widths or sum(w == width for w in widths) * 2 > len(widths): return 1
-    return 0 if supply.ahead > supply.room else len(supply.taken)
+    return 0 if supply.ahead > LONGEST_RECORD else len(supply.taken)
 
 
 def explain_csv(error: Exception) -> str:
     "What the `csv` module found, in words."
-    said = str(error)
-    if "end of data" in said: return "a quote is opened and never closed"
-    if "expected after" in said: return "a quote is closed and text follows, or a quote within a field is not doubled"
-    if "field limit" in said: return f"a field is longer than {2 * LONGEST_RECORD:,} characters"
-    return "a carriage return outside quotes" if "new-line" in said else said
+    what = str(error)
+    if "end of data" in what: return "a quote is opened and never closed"
+    if "expected after" in what: return "a quote is closed and text follows, or a quote within a field is not doubled"
+    if "field limit" in what: return f"a field is longer than {2 * LONGEST_RECORD:,} characters"
+    return "a carriage return outside quotes" if "new-line" in what else what
 
 
 def strays(fields: list, text: str, quote: str) -> bool:
@@ -295,15 +303,18 @@ def csv_entries(
         except csv.Error as e:
             fields, error, credit = [], explain_csv(e), credit - supply.ahead
             torn, kept = max(torn, line + len(taken)), lines_lost(supply, dialect, width, "end of data" in str(e))
-            if not kept: raise InputError(f"{path}:{line} {error} within {supply.room:,} bytes; close it there") from None
+            refusal = "" if kept else f"{error} within {LONGEST_RECORD:,} bytes; close it there"
+            if credit < 0: refusal = ("and many before it open a quote that is never closed; save the file as CSV with "
+                                      "quotes doubled inside fields, or as JSONL")
+            if refusal: raise InputError(f"{path}:{line} {refusal}") from None
             supply.put_back(kept)
             reader = dialect.reader(supply)
         if not taken: break
         text, size = "".join(map(form.decode, taken)), sum(map(len, taken))
         credit = min(CREDIT, credit + size)
-        supply.room = min(LONGEST_RECORD, max(1 << 12, credit))
         if error or len(fields) > 1 or text.strip(" \r\n"):
-            if line < torn and strays(fields, text, dialect.quote): error = "a quote inside a field, after a broken record"
+            if line < torn and strays(fields, text, dialect.quote):
+                error = "a quote inside a field, after a broken record"
             if entry: yield *entry, at
             entry, width = (line, text, fields, error, at if width else form.bom), width or len(fields) or 1
         line, at = line + len(taken), at + size
@@ -332,8 +343,8 @@ def csv_file(
     path: Path,
 ):              # yields (names of the columns, dialect, form, iterator of entries)
     "An open CSV file, its header read."
-    form = text_form(path)
-    with open_bytes(path) as f: f.read(form.bom); dialect = csv_dialect(f, form, "\t" if ".tsv" in str(path).lower() else "")
+    form, prefer = text_form(path), "\t" if ".tsv" in str(path).lower() else ""
+    with open_bytes(path) as f: f.read(form.bom); dialect = csv_dialect(f, form, prefer)
     with open_bytes(path) as f:
         f.read(form.bom)
         entries = csv_entries(f, path, form, dialect)
@@ -355,7 +366,7 @@ def field_starts(text: str, dialect: Dialect) -> list:
     q, d = re.escape(dialect.quote), re.escape(dialect.delimiter)
     field = re.compile(rf"{' *' * dialect.spaces}(?:{q}(?:[^{q}]|{q}{q})*{q}(?=[{d}\r\n]|$)|[^{d}\r\n]*)")
     starts = [0]
-    while (end := field.match(text, starts[-1]).end()) < len(text) and text[end] == dialect.delimiter: starts.append(end + 1)
+    while text.startswith(dialect.delimiter, end := field.match(text, starts[-1]).end()): starts.append(end + 1)
     return starts
 
 
@@ -446,9 +457,11 @@ def line_records(
         for line, raw in enumerate(byte_lines(f, form), 1):
             text, start, at, column = decode(raw).rstrip("\r\n"), at, at + len(raw), 0
             if not text.strip(): continue
-            if len(raw) >= LONGEST_LINE: raise InputError(f"{path}:{line} is longer than 64 MiB; write one object a line")
+            if len(raw) >= LONGEST_LINE:
+                raise InputError(f"{path}:{line} is longer than 64 MiB; write one object a line")
             check, value = "", None
-            if damaged(text): check, error, column = "encoding", "bytes that are no text", BROKEN.search(text).start() + 1
+            if damaged(text):
+                check, error, column = "encoding", "bytes that are no text", BROKEN.search(text).start() + 1
             else:
                 try: value = parse(text)
                 except (ValueError, RecursionError) as e: check, (error, column) = "syntax", json_flaw(e)
@@ -509,7 +522,8 @@ class Window:
 
     def refuse(self, offset: int, what: str):
         self.advance(offset)
-        raise InputError(f"{self.path}:{self.line}:{self.column} {what}; correct it, or write one object a line (.jsonl)")
+        place = f"{self.path}:{self.line}:{self.column}"
+        raise InputError(f"{place} {what}; correct it, or write one object a line (.jsonl)")
 
 # %% ../nbs/10_data.ipynb #100049
 def array_records(
@@ -541,8 +555,8 @@ def json_records(
     "The objects of a JSON array or of a JSONL file, whichever it is."
     form = text_form(path)
     with open_bytes(path) as f: start = form.decode(f.read(1 << 12)[form.bom:]).lstrip()
-    if re.match(r"\{\s*[\r\n]", start) and ".jsonl" not in str(path).lower() and ".ndjson" not in str(path).lower():
-        raise InputError(f"{path} is one JSON object over several lines; write an array of objects, or one object a line")
+    if re.match(r"\{\s*[\r\n]", start) and Path(path.name.lower().removesuffix(".gz")).suffix == ".json":
+        raise InputError(f"{path} is a JSON object over several lines; write an array of objects, or one object a line")
     return array_records(path) if re.match(r"\[\s*([{\]]|$)", start) else line_records(path)
 
 # %% ../nbs/10_data.ipynb #100055
@@ -561,14 +575,15 @@ def parquet_records(
     "The rows of a Parquet file as records."
     import pyarrow as pa, pyarrow.parquet as pq
     with open_bytes(path) as f, tempfile.TemporaryFile() as unpacked:
-        if isinstance(f.raw, gzip.GzipFile): shutil.copyfileobj(f, unpacked); f = unpacked  # it must be read from its end
+        if isinstance(f.raw, gzip.GzipFile): shutil.copyfileobj(f, unpacked); f = unpacked  # it is read from its end
         try: rows = (row for batch in pq.ParquetFile(f).iter_batches(1024) for row in batch.to_pylist())
-        except (pa.ArrowException, OSError) as e: raise InputError(f"{path} is no readable Parquet file ({e})") from None
+        except (pa.ArrowException, OSError) as e:
+            raise InputError(f"{path} is no readable Parquet file ({said(e)})") from None
         i = 0
         while True:
             try: row = next(rows, None)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-                raise InputError(f"{path} is damaged after row {i} ({' '.join(str(e).split())[:200]}); copy it again") from None
+                raise InputError(f"{path} is damaged after row {i} ({said(e)}); copy it again") from None
             if row is None: return
             yield object_record(f"{path}[{i}]", row)
             i += 1
@@ -581,9 +596,10 @@ def saved_records(
     "The rows of a saved data set as records; its files are mapped into memory, not loaded."
     from datasets import DatasetDict, load_from_disk
     try: rows, name = load_from_disk(str(path)), str(path)
-    except Exception as e: raise InputError(f"{path} is no readable data set ({' '.join(str(e).split())[:200]})") from None
+    except Exception as e: raise InputError(f"{path} is no readable data set ({said(e)})") from None
     if isinstance(rows, DatasetDict):
-        if split not in rows: raise InputError(f"{path} has no split {split}; set data.split to one of {', '.join(rows)}")
+        if split not in rows:
+            raise InputError(f"{path} has no split {split}; set data.split to one of {', '.join(rows)}")
         rows, name = rows[split], f"{path}:{split}"
     batches = (batch.to_pylist() for batch in rows.with_format("arrow").iter(1024))
     for i, row in enumerate(row for batch in batches for row in batch): yield object_record(f"{name}[{i}]", row)
@@ -595,14 +611,13 @@ def hub_refusal(
 ) -> InputError:
     "Why a data set cannot be had from the Hub, and what to do about it."
     from datasets.exceptions import DatasetNotFoundError
-    said = " ".join(str(error).split())[:300]
     if isinstance(error, DatasetNotFoundError):
-        return InputError(f"{name} is neither a file here nor an open data set on the Hub ({said}); check the name, "
-                          "and for a gated or private one ask for access on its page and set HF_TOKEN")
+        return InputError(f"{name} is neither a file here nor an open data set on the Hub ({said(error)}); check "
+                          "the name, and for a gated or private one ask for access on its page and set HF_TOKEN")
     if isinstance(error, OSError):
-        return InputError(f"{name} is not a file here, and the Hub cannot be reached ({said}); check the path, "
+        return InputError(f"{name} is not a file here, and the Hub cannot be reached ({said(error)}); check the path, "
                           "or the network, HF_ENDPOINT and HF_HUB_OFFLINE")
-    return InputError(f"the data set {name} cannot be read ({said}); check data.subset and data.split")
+    return InputError(f"the data set {name} cannot be read ({said(error)}); check data.subset and data.split")
 
 
 def hub_records(
@@ -625,7 +640,7 @@ def hub_records(
         yield object_record(f"{name}:{split}[{i}]", row)
         i += 1
 
-# %% ../nbs/10_data.ipynb #100064
+# %% ../nbs/10_data.ipynb #100066
 FORMATS = {".csv": csv_records, ".tsv": csv_records, ".json": json_records, ".jsonl": json_records,
            ".ndjson": json_records, ".parquet": parquet_records}
 KNOWN = ", ".join(FORMATS) + ", each also with .gz"
@@ -644,7 +659,8 @@ def source_kind(
     p = Path(path).expanduser()
     if path == "pydoc": return "pydoc"
     if p.is_dir(): return "saved" if (p / "dataset_dict.json").is_file() or (p / "state.json").is_file() else "folder"
-    if p.is_file() and not reader_of(p): raise InputError(f"{path} has the unknown extension {p.suffix!r}; give one of {KNOWN}")
+    if p.is_file() and not reader_of(p):
+        raise InputError(f"{path} has the unknown extension {p.suffix!r}; give one of {KNOWN}")
     if p.is_file(): return "file"
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not re.search(r"\.[A-Za-z]\w{0,7}$", path): return "hub"
     near = difflib.get_close_matches(p.name, [f.name for f in p.parent.iterdir()] if p.parent.is_dir() else [], n=1)
@@ -652,7 +668,7 @@ def source_kind(
     if near: fix = f"did you mean {p.parent / near[0]}?"
     raise InputError(f"there is no file {path}; {fix}")
 
-# %% ../nbs/10_data.ipynb #100067
+# %% ../nbs/10_data.ipynb #100069
 SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?:ing|uation)?(?![a-zA-Z])", re.I)
 SAME_SPLIT = dict(valid="validation", val="validation", dev="validation")
 
@@ -683,10 +699,11 @@ def shards(
     splits = [split_of(f.name) or split_of(f.parent.name) * (f.parent != folder) for f in files]
     if "" in splits or len(set(splits)) == 1: return files
     chosen = [f for f, s in zip(files, splits) if s == SAME_SPLIT.get(split, split)]
-    if not chosen: raise InputError(f"{folder} holds {', '.join(sorted(set(splits)))}, not {split}; set data.split to one of them")
+    if not chosen:
+        raise InputError(f"{folder} holds {', '.join(sorted(set(splits)))}, not {split}; set data.split to one of them")
     return chosen
 
-# %% ../nbs/10_data.ipynb #100069
+# %% ../nbs/10_data.ipynb #100071
 def read_records(
     path: str,                   # `pydoc`, a file, a folder, or `org/name` on the Hub
     subset: str | None = None,   # configuration of the Hub data set
@@ -702,7 +719,7 @@ def read_records(
         for record in records: yield record
     if record is None: raise InputError(f"{path} holds no rows; give a source with questions and answers")
 
-# %% ../nbs/10_data.ipynb #100074
+# %% ../nbs/10_data.ipynb #100076
 def value_offset(
     record: Record,
     name: str,       # of a column
@@ -735,7 +752,7 @@ def spot(
     file, _, line = record.place.rpartition(":")
     return f"{file}:{int(line) + below}:{column + (max(record.column, 1) - 1) * (not below)}"
 
-# %% ../nbs/10_data.ipynb #100076
+# %% ../nbs/10_data.ipynb #100078
 def described(path: Path) -> dict:
     "What one file is."
     with open_bytes(path) as f: packed = isinstance(f.raw, gzip.GzipFile)
@@ -743,7 +760,8 @@ def described(path: Path) -> dict:
     if reader is parquet_records: return dict(format="Parquet" + gz)
     if reader is csv_records:
         with csv_file(path) as (names, dialect, form, _): columns = names
-        return dict(format="CSV" + gz, encoding=form.label, delimiter=dialect.delimiter, quote=dialect.quote, columns=columns)
+        found = dict(format="CSV" + gz, encoding=form.label)
+        return found | dict(delimiter=dialect.delimiter, quote=dialect.quote, columns=columns)
     form, kind = text_form(path), "JSON" if json_records(path).__name__ == "array_records" else "JSONL"
     return dict(format=kind + gz, encoding=form.label)
 
@@ -759,10 +777,11 @@ def describe(
     if kind == "hub": return dict(format="Hub data set", subset=subset, split=split)
     if kind == "saved": return dict(format="saved data set", split=split)
     files = [p] if kind == "file" else shards(p, split)
-    found, bytes_ = [described(f) for f in files], sum(f.stat().st_size for f in files)
-    if kind == "file": return {**found[0], "files": [p.name], "bytes": bytes_}
+    found, names = [described(f) for f in files], [f.name if f == p else str(f.relative_to(p)) for f in files]
+    total = dict(files=names, bytes=sum(f.stat().st_size for f in files))
+    if kind == "file": return found[0] | total
     merged = {k: list(dict.fromkeys(d[k] for d in found if k in d)) for k in ("format", "encoding", "delimiter")}
-    return {**{k: ", ".join(v) for k, v in merged.items() if v}, "files": [str(f.relative_to(p)) for f in files], "bytes": bytes_}
+    return {k: ", ".join(v) for k, v in merged.items() if v} | total
 
 
 def fingerprint(

@@ -81,7 +81,7 @@ def near_column(
     "The one column that is a slip away from a known name, if there is exactly one."
     long = [n for n in names if len(n) >= 5]
     like = lambda c: any(abs(len(c) - len(n)) <= 1 for n in difflib.get_close_matches(c, long, 3, cutoff=0.8))
-    found = [c for c in columns if like(plain_name(c))]
+    found = [c for c in columns if like(re.sub(r"\\x[0-9a-f]{2}", "?", plain_name(c)))]  # a damaged byte, spelt out
     return found[0] if len(found) == 1 else None
 
 # %% ../nbs/11_rows.ipynb #110017
@@ -143,7 +143,7 @@ def columns_of(
         for c in value: names.update(dict.fromkeys((k for n in nested for k in n) if nested and c == NESTED else [c]))
     return list(names)
 
-
+# %% ../nbs/11_rows.ipynb #110024
 def plain_role(turn):
     "The role of a turn in the dialect that is written here, if it is one."
     return turn.get("role") if isinstance(turn, dict) else None
@@ -175,7 +175,7 @@ def stated(
     unused = [c for c in columns if c not in roles.values()]
     return ", ".join(told) + f"; not used: {listed(unused)}" * bool(unused)
 
-# %% ../nbs/11_rows.ipynb #110026
+# %% ../nbs/11_rows.ipynb #110027
 class BadRow(Exception):
     "A record that cannot be trained on."
     def __init__(
@@ -203,7 +203,7 @@ class SingleTurn(Row):
     input: str = ""
     output: Text
 
-# %% ../nbs/11_rows.ipynb #110028
+# %% ../nbs/11_rows.ipynb #110029
 def role_problem(
     roles: list,  # of the turns, in order
 ) -> str:         # empty if the order is right
@@ -243,7 +243,7 @@ class System(Row):
     "What a column says about how to answer."
     system: Text
 
-# %% ../nbs/11_rows.ipynb #110031
+# %% ../nbs/11_rows.ipynb #110032
 def _place(loc: tuple, columns: dict, tree: dict) -> str:
     "Where in a row an error is, as the user would say it."
     name, turn, key = (*loc, None, None)[:3] if loc else ("messages", None, None)
@@ -274,7 +274,7 @@ def checked(
     if loc == ("messages",): raise bad("wrong type", f"{found} a list of turns is expected; correct it, {other}")
     raise bad("wrong type", f"{found} {'text' if loc[2:] else 'an object'} is expected; correct it")
 
-# %% ../nbs/11_rows.ipynb #110034
+# %% ../nbs/11_rows.ipynb #110036
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
             "developer": "system"}
 TOOLS = {"tool", "function", "function_call", "observation", "ipython"}
@@ -317,7 +317,7 @@ def plain_turn(
     found = {"role": role, "content": words(content)}
     return {k: v for k, v in found.items() if v is not None}
 
-# %% ../nbs/11_rows.ipynb #110037
+# %% ../nbs/11_rows.ipynb #110039
 def row_of(
     messages: list,                 # of {"role", "content"}
     group: str | int | None = None,
@@ -356,7 +356,7 @@ def _single(found: dict, roles: dict) -> dict:
     if "system" not in found: return row
     return row_of([{"role": "system", "content": found["system"]}, *messages_of(row)], row.get("group"))
 
-
+# %% ../nbs/11_rows.ipynb #110041
 def shape_row(
     value: dict,  # column -> content
     roles: dict,  # role -> column
@@ -371,7 +371,7 @@ def shape_row(
         raise BadRow("unsupported", f"the conversation has {tools[0]}, which cannot be trained on here", tools[0])
     return _chat(found, roles)
 
-# %% ../nbs/11_rows.ipynb #110042
+# %% ../nbs/11_rows.ipynb #110046
 @dataclass(slots=True)
 class Shaped:
     "A row and where it came from."
