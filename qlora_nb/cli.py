@@ -252,7 +252,8 @@ def data(
     from qlora_nb.config import parse_override
     from qlora_nb.contract import make_contract
     from qlora_nb.model import load_tokenizer
-    from qlora_nb.prepare import prepare, show
+    from qlora_nb.prepare import prepare
+    from qlora_nb.report import show
     mapped = {k: str(v) for k, v in map(parse_override, columns or [])}
     if weight and len(weight) != len(sources):
         raise InputError(f"{len(sources)} sources and {len(weight)} weights; give one --weight for each source")
@@ -264,7 +265,10 @@ def data(
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     report = prepare(config.data, make_contract(tokenizer, config), tokenizer, out)
     if as_json: print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-    else: show(report, out=out)
+    else:
+        from rich.console import Console
+        show(report, Console())
+        print(("there already in " if report.reused else "written to ") + f"{out}; the report with pictures: {out / 'report.html'}")
     raise typer.Exit(1 if report.failed(strict) else 0)
 
 # %% ../nbs/90_cli.ipynb #900023

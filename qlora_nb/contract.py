@@ -123,6 +123,16 @@ def answers_trained(
     return out
 
 # %% ../nbs/07_contract.ipynb #070022
+def _quiet(step: dict | None) -> dict | None:
+    "A normaliser or pre-tokeniser that adds no space at the beginning."
+    if step is None or step["type"] == "Prepend": return None
+    if step["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in step else "pretokenizers"
+        return step | {key: [s for s in map(_quiet, step[key]) if s]}
+    silent = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return step | silent.get(step["type"], {})
+
+
 def bare_tokenizer(
     tokenizer,      # a fast transformers tokenizer
     drop: set,      # texts that shall be ordinary text
@@ -130,16 +140,9 @@ def bare_tokenizer(
     "A copy that adds nothing: no leading space, no BOS, no padding, and no tokens for the texts in `drop`."
     from tokenizers import Tokenizer
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
-    tree |= dict(post_processor=None, truncation=None, padding=None,
+    tree |= dict(post_processor=None, truncation=None, padding=None, normalizer=_quiet(tree["normalizer"]),
+                 pre_tokenizer=_quiet(tree["pre_tokenizer"]),
                  added_tokens=[t for t in tree["added_tokens"] if t["content"] not in drop])
-    def quiet(step):
-        if step is None or step["type"] == "Prepend": return None
-        if step["type"] == "Sequence":
-            key = "normalizers" if "normalizers" in step else "pretokenizers"
-            return step | {key: [s for s in map(quiet, step[key]) if s]}
-        silent = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
-        return step | silent.get(step["type"], {})
-    tree |= dict(normalizer=quiet(tree["normalizer"]), pre_tokenizer=quiet(tree["pre_tokenizer"]))
     return Tokenizer.from_str(json.dumps(tree))
 
 
@@ -150,14 +153,15 @@ def ids_of(bare, text: str) -> list:
 
 def leading_space(
     tokenizer,
-    bare,       # its `bare_tokenizer`
 ) -> str:       # `never`, `first` or `every`
     "Before which stretches of text the tokenizer puts a space of its own accord."
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    if all(_quiet(tree[part]) == tree[part] for part in ("normalizer", "pre_tokenizer")): return "never"
+    ids, bare = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], bare_tokenizer(tokenizer, set())
     spaced = ids_of(bare, " x")
     if ids("x") != spaced or spaced == ids_of(bare, "x"): return "never"
-    token = next(c for c in added_tokens(tokenizer).values())
-    return "every" if ids(token.text + "x")[1:] == spaced else "first"
+    token = next(iter(added_tokens(tokenizer)))
+    return "every" if ids(token + "x")[1:] == spaced else "first"
 
 # %% ../nbs/07_contract.ipynb #070025
 _TRIMS = {"none": lambda s: s, "both": str.strip, "right": str.rstrip, "left": str.lstrip,
@@ -275,8 +279,8 @@ def family_template(
 ) -> str:
     "A family's template for this tokenizer: it writes leading spaces only if the tokenizer does not."
     template = TEMPLATES[name]
-    every = leading_space(tokenizer, bare_tokenizer(tokenizer, set(added_tokens(tokenizer)))) == "every"
-    return template.replace("set lead = ' '", "set lead = ''") if every else template
+    lead = "set lead = ' '" in template and leading_space(tokenizer) == "every"
+    return template.replace("set lead = ' '", "set lead = ''") if lead else template
 
 
 def same_text(tokenizer, a: str, b: str) -> bool:
@@ -597,11 +601,11 @@ def make_contract(
     template, source = choose_template(tokenizer, config.model.template)
     atoms = frame(template, _TALK, added_tokens(tokenizer), special_texts(tokenizer))
     system, eos = not unfit(tokenizer, template, ("system", *_TALK)), eos_of(tokenizer, template)
-    bare, bos = bare_tokenizer(tokenizer, set(added_tokens(tokenizer))), tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id
     contract = Contract(
         model=config.model.path, revision=config.model.revision, template=template, template_from=source,
         system="template" if system else "merge", mask="marks" if is_marked(template) else "answers",
-        trims=trims_of(template, special_texts(tokenizer), system), leading_space=leading_space(tokenizer, bare),
+        trims=trims_of(template, special_texts(tokenizer), system), leading_space=leading_space(tokenizer),
         bos_token_id=bos if getattr(atoms[0][0], "id", None) == bos else None, eos_token_id=eos,
         stop_token_ids=sorted({eos, tokenizer.eos_token_id} - {None}), pad_token_id=_pad_of(tokenizer, eos),
         max_length=config.data.max_length, too_long=config.data.too_long, tokenizer_sha256=tokenizer_sha256(tokenizer),
@@ -609,7 +613,7 @@ def make_contract(
     _as_elsewhere(contract, tokenizer)
     return contract
 
-# %% ../nbs/07_contract.ipynb #070066
+# %% ../nbs/07_contract.ipynb #070068
 def with_contract(
     contract: Contract,
     tokenizer,
@@ -633,7 +637,7 @@ def check_template(
     raise InputError(f"the chat template in {where} differs from contract.json's at character {at} ({got[at:at + 30]!r} there, "
                      f"{want[at:at + 30]!r} in the contract); restore it")
 
-# %% ../nbs/07_contract.ipynb #070070
+# %% ../nbs/07_contract.ipynb #070072
 def pad_batch(
     contract: Contract,
     samples: list,        # of {"input_ids"} and perhaps "labels", and "seq_lengths" where samples are packed
@@ -652,7 +656,7 @@ def pad_batch(
     if "labels" in samples[0]: batch["labels"] = [padded(s["labels"], IGNORED) for s in samples]
     return {k: torch.tensor(v) for k, v in batch.items()}
 
-# %% ../nbs/07_contract.ipynb #070073
+# %% ../nbs/07_contract.ipynb #070075
 def length_batches(
     lengths: list,    # in tokens
     batch_size: int,
@@ -661,7 +665,7 @@ def length_batches(
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
-# %% ../nbs/07_contract.ipynb #070076
+# %% ../nbs/07_contract.ipynb #070078
 def pack(
     lengths: list,  # in tokens
     most: int,      # tokens in one sequence; a longer sample gets one of its own
