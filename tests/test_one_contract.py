@@ -63,12 +63,11 @@ def test_training_evaluation_serving_and_the_merged_model_see_the_same_ids(train
 
     http, prompts = TestClient(make_app(Engine(loaded))), []
     for talk in talks[:3]:
-        short = [m for m in talk[:2]]  # system and first question: what POST /generate takes
         with seen_by(loaded.model) as served:
-            body = dict(prompt=short[1]["content"], system=short[0]["content"], max_new_tokens=2, temperature=0)
+            body = dict(prompt=talk[1]["content"], system=talk[0]["content"], max_new_tokens=2, temperature=0)
             assert http.post("/generate", json=body).status_code == 200
-        prompts.append(served[0])
-    assert all(any(ids[:len(p)] == p for ids in in_training) for p in prompts)
+        prompts += without_padding(served[:1], pad)
+    assert len(prompts) == 3 and all(any(ids[:len(p)] == p for ids in in_training) for p in prompts)
 
     out = merge(run, run.path / "exports" / "merged")
     merged, stock = load_merged(out), AutoTokenizer.from_pretrained(out)
