@@ -9,7 +9,7 @@ __all__ = ['BOMS', 'SEQUENCE', 'ODD_IN_CP1252', 'QUOTED', 'BROKEN', 'LONGEST_LIN
            'Supply', 'width_of', 'lines_lost', 'explain_csv', 'strays', 'csv_entries', 'column_names', 'header_fields',
            'csv_file', 'position', 'field_starts', 'csv_flaw', 'csv_records', 'TwiceError', 'kind_of', 'texts',
            'json_flaw', 'object_flaw', 'line_records', 'Window', 'array_records', 'json_records', 'object_record',
-           'parquet_records', 'saved_records', 'hub_refusal', 'hub_records', 'reader_of', 'source_kind',
+           'parquet_records', 'saved_records', 'hub_absence', 'hub_refusal', 'hub_records', 'reader_of', 'source_kind',
            'prepared_folder', 'split_of', 'shards', 'read_records', 'value_offset', 'spot', 'described', 'describe',
            'fingerprint']
 
@@ -605,21 +605,48 @@ def saved_records(
     for i, row in enumerate(row for batch in batches for row in batch): yield object_record(f"{name}[{i}]", row)
 
 # %% ../nbs/10_data.ipynb #100060
+@contextlib.contextmanager
+def hub_absence():  # yields why the Hub cannot be reached; empty if it can
+    "While the Hub cannot be reached, `datasets` uses its cache only."
+    from datasets import config
+    from huggingface_hub import constants, get_session
+    before, why = config.HF_HUB_OFFLINE, ""
+    if before: why = "HF_HUB_OFFLINE is set"
+    else:
+        try: get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception as e: why = f"{constants.ENDPOINT}: {said(e)}"
+    config.HF_HUB_OFFLINE = bool(why)
+    try: yield why
+    finally: config.HF_HUB_OFFLINE = before
+
+# %% ../nbs/10_data.ipynb #100063
 def hub_refusal(
-    name: str,         # of a data set
-    error: Exception,  # what `datasets` raised
+    name: str,               # of a data set
+    error: Exception,        # what `datasets` raised
+    absent: str = "",        # why the Hub cannot be reached
+    row: int | None = None,  # the one that did not arrive; None: none was asked for yet
 ) -> InputError:
     "Why a data set cannot be had from the Hub, and what to do about it."
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub import constants
+    download = f"hf download {name} --repo-type dataset --local-dir DIR"
+    if isinstance(error, DatasetNotFoundError) and "gated" in str(error):
+        return InputError(f"{name} is gated; ask for access at {constants.ENDPOINT}/datasets/{name}, then set HF_TOKEN "
+                          "to a token of that account")
     if isinstance(error, DatasetNotFoundError):
-        return InputError(f"{name} is neither a file here nor an open data set on the Hub ({said(error)}); check "
-                          "the name, and for a gated or private one ask for access on its page and set HF_TOKEN")
-    if isinstance(error, OSError):
-        return InputError(f"{name} is not a file here, and the Hub cannot be reached ({said(error)}); check the path, "
-                          "or the network, HF_ENDPOINT and HF_HUB_OFFLINE")
-    return InputError(f"the data set {name} cannot be read ({said(error)}); check data.subset and data.split")
+        return InputError(f"{name} is neither a file here nor a data set at {constants.ENDPOINT}; check the name, or set "
+                          "HF_TOKEN if it is private")
+    if isinstance(error, OSError) and absent:
+        return InputError(f"{name} is neither a file here nor in the cache, and the Hub cannot be reached ({absent}); check "
+                          f"the name, or on a machine with a network run: {download}; then give the files in DIR")
+    if row is None and isinstance(error, ValueError):
+        return InputError(f"the data set {name} cannot be read ({said(error)}); check data.subset and data.split")
+    what = f"the data set {name}" + (f" breaks off after {row:,} rows" if row else " cannot be read")
+    if isinstance(error, OSError) and not isinstance(error, DatasetsError):
+        return InputError(f"{what} ({said(error)}); check the network, HF_ENDPOINT and HF_TOKEN, and give the command again")
+    return InputError(f"{what} ({said(error)}); run: {download}; then give the files in DIR")
 
-
+# %% ../nbs/10_data.ipynb #100067
 def hub_records(
     name: str,                   # `org/name`
     subset: str | None = None,   # its configuration
@@ -627,20 +654,20 @@ def hub_records(
 ):                               # yields `Record`
     "The rows of a data set on the Hub, as they arrive."
     from datasets import load_dataset
-    try:
+    with hub_absence() as absent:
         try: rows = load_dataset(name, subset, split=split, streaming=True)
-        except OSError: rows = load_dataset(name, subset, split=split)  # in the cache, perhaps
-        rows = iter(rows)
-    except Exception as e: raise hub_refusal(name, e) from None
-    i = 0
+        except Exception as e: raise hub_refusal(name, e, absent) from None
+    stated, arriving, i = (rows.info.splits or {}).get(split), iter(rows), 0
     while True:
-        try: row = next(rows, None)
-        except Exception as e: raise hub_refusal(f"{name}:{split}[{i}]", e) from None
-        if row is None: return
+        try: row = next(arriving, None)
+        except Exception as e: raise hub_refusal(name, e, absent, i) from None
+        if row is None: break
         yield object_record(f"{name}:{split}[{i}]", row)
         i += 1
+    if stated and i < stated.num_examples:
+        raise hub_refusal(name, EOFError(f"its card states {stated.num_examples:,} in {split}"), absent, i)
 
-# %% ../nbs/10_data.ipynb #100066
+# %% ../nbs/10_data.ipynb #100073
 FORMATS = {".csv": csv_records, ".tsv": csv_records, ".json": json_records, ".jsonl": json_records,
            ".ndjson": json_records, ".parquet": parquet_records}
 KNOWN = ", ".join(FORMATS) + ", each also with .gz"
@@ -668,7 +695,7 @@ def source_kind(
     if near: fix = f"did you mean {p.parent / near[0]}?"
     raise InputError(f"there is no file {path}; {fix}")
 
-# %% ../nbs/10_data.ipynb #100069
+# %% ../nbs/10_data.ipynb #100076
 SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?:ing|uation)?(?![a-zA-Z])", re.I)
 SAME_SPLIT = dict(valid="validation", val="validation", dev="validation")
 
@@ -703,7 +730,7 @@ def shards(
         raise InputError(f"{folder} holds {', '.join(sorted(set(splits)))}, not {split}; set data.split to one of them")
     return chosen
 
-# %% ../nbs/10_data.ipynb #100071
+# %% ../nbs/10_data.ipynb #100078
 def read_records(
     path: str,                   # `pydoc`, a file, a folder, or `org/name` on the Hub
     subset: str | None = None,   # configuration of the Hub data set
@@ -719,7 +746,7 @@ def read_records(
         for record in records: yield record
     if record is None: raise InputError(f"{path} holds no rows; give a source with questions and answers")
 
-# %% ../nbs/10_data.ipynb #100076
+# %% ../nbs/10_data.ipynb #100083
 def value_offset(
     record: Record,
     name: str,       # of a column
@@ -752,7 +779,7 @@ def spot(
     file, _, line = record.place.rpartition(":")
     return f"{file}:{int(line) + below}:{column + (max(record.column, 1) - 1) * (not below)}"
 
-# %% ../nbs/10_data.ipynb #100078
+# %% ../nbs/10_data.ipynb #100085
 def described(path: Path) -> dict:
     "What one file is."
     with open_bytes(path) as f: packed = isinstance(f.raw, gzip.GzipFile)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CHUNK', 'PAIRS', 'KEYS', 'TRAIN', 'EVAL', 'OUT', 'FEW_ROWS', 'WRITTEN', 'Seen', 'work_folder', 'publish', 'chunks',
            'overlapped', 'Item', 'SourceFacts', 'open_source', 'with_progress', 'list_column', 'trained_tokens',
-           'Spool', 'stored', 'Neighbours', 'mixing', 'where', 'Books', 'Reading', 'Intake', 'smallest', 'Sides',
-           'Side', 'pick', 'write_sides', 'findings', 'files_sha256', 'sources_of', 'provenance', 'made_before',
-           'check_out', 'make_report', 'prepare', 'load_rows', 'load_samples']
+           'Spool', 'batches', 'numbers', 'stored', 'Neighbours', 'mixing', 'where', 'Books', 'Reading', 'Comparing',
+           'Intake', 'smallest', 'Sides', 'Side', 'pick', 'write_sides', 'findings', 'sources_of', 'provenance',
+           'plain', 'made_before', 'check_out', 'make_report', 'prepare', 'load_rows', 'load_samples']
 
 # %% ../nbs/14_prepare.ipynb #140003
-import contextlib, errno, hashlib, heapq, itertools, json, os, shutil, sqlite3
+import contextlib, errno, heapq, itertools, json, os, shutil, sqlite3, struct
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +23,11 @@ from tqdm import tqdm
 # %% ../nbs/14_prepare.ipynb #140004
 import qlora_nb
 from .checks import CHECKS, Cost, Problem, RowChecks, are_labels, shorten, truncation_cost
-from .config import DataSection, Source, read_json, read_jsonl, whole_file, write_json
+from .config import DataSection, Source, read_json, read_jsonl, sha256, whole_file, write_json
 from .contract import Contract, Encoded, Encoder, IGNORED, messages_of
 from .data import Record, describe, fingerprint, legible, prepared_folder, read_records, source_kind, spot
-from .report import EXAMPLES, DataReport, Finding, Tally, curve, histogram, percentiles, report_page, source_in_words, stretches
+from .report import (EXAMPLES, DataReport, Finding, Tally, curve, histogram, percentiles, report_page,
+                             source_in_words, stretches)
 from .rows import BadRow, columns_of, find_roles, shape_rows
 from .split import Clusters, Gist, NearDuplicates, gist, limit_of, mixed, ranks, share
 from .vram_budget import InputError
@@ -50,17 +51,19 @@ class Seen:
     ) -> dict:        # question -> {answer: (place, whether it is an evaluation row)}; another answer stands under None
         "What is known of the questions of some rows."
         found = {}
-        for n, place in self.db.execute("SELECT key, (SELECT place FROM seen WHERE asked = value LIMIT 1) AS p FROM json_each(?) "
-                                        "WHERE p NOT NULL", (json.dumps([g.asked for g in gists]),)).fetchall():
+        known = ("SELECT key, (SELECT place FROM seen WHERE asked = value LIMIT 1) AS p FROM json_each(?) "
+                 "WHERE p NOT NULL")
+        equal = "SELECT place, held FROM seen WHERE asked = ? AND answered = ?"
+        for n, place in self.db.execute(known, (json.dumps([g.asked for g in gists]),)).fetchall():
             g = gists[n]
-            same = self.db.execute("SELECT place, held FROM seen WHERE asked = ? AND answered = ?", (g.asked, g.answered)).fetchone()
+            same = self.db.execute(equal, (g.asked, g.answered)).fetchone()
             found.setdefault(g.asked, {})[g.answered if same else None] = same or (place, 0)
         return found
 
     def held_out(self, gists: list) -> dict:
         "Of the first questions of some rows, those that a given evaluation row begins with, and its place."
-        return dict(self.db.execute("SELECT question, place FROM held WHERE question IN (SELECT value FROM json_each(?))",
-                                    (json.dumps([g.question for g in gists]),)).fetchall())
+        known = "SELECT question, place FROM held WHERE question IN (SELECT value FROM json_each(?))"
+        return dict(self.db.execute(known, (json.dumps([g.question for g in gists]),)).fetchall())
 
     def add(
         self,
@@ -89,7 +92,7 @@ def work_folder(
         yield work
     except (OSError, sqlite3.Error) as e:
         full = getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "full" in str(e) or "No space" in str(e)
-        if full: raise InputError(f"there is no room left for {out}; free some, or choose another folder to write to") from None
+        if full: raise InputError(f"there is no room left for {out}; free some, or choose another folder") from None
         raise
     finally: shutil.rmtree(work, ignore_errors=True)
 
@@ -144,7 +147,7 @@ class Item:
     @property
     def length(self) -> int: return max(map(len, self.samples))
 
-
+# %% ../nbs/14_prepare.ipynb #140018
 @dataclass
 class SourceFacts:
     "What is known of a source."
@@ -180,9 +183,9 @@ def open_source(
     unused = [c for c in columns_of(values) if c not in roles.values()]
     guessed = [r for r in roles if r not in source.columns]
     form = describe(source.path, source.subset, source.split)
-    return SourceFacts(source.path, form, roles, guessed, unused, held), itertools.chain(first, records)
+    return SourceFacts(legible(source.path), form, roles, guessed, unused, held), itertools.chain(first, records)
 
-# %% ../nbs/14_prepare.ipynb #140019
+# %% ../nbs/14_prepare.ipynb #140020
 def with_progress(records, quiet: int = 10_000):
     "The same records; after the first `quiet` ones a terminal shows how fast they go."
     records = iter(records)
@@ -190,7 +193,7 @@ def with_progress(records, quiet: int = 10_000):
     if (more := next(records, None)) is not None:
         yield from tqdm(itertools.chain([more], records), desc="data", unit=" rows", initial=quiet, disable=None)
 
-# %% ../nbs/14_prepare.ipynb #140021
+# %% ../nbs/14_prepare.ipynb #140022
 KEYS = np.dtype([("key", "<i8"), ("asked", "<i8"), ("answered", "<i8"), ("source", "<i4"), ("held", "?")])
 
 
@@ -200,8 +203,8 @@ def list_column(
     "Lists as an Arrow column."
     import pyarrow as pa
     ends = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-    flat = np.fromiter(itertools.chain.from_iterable(lists), np.int32, ends[-1])
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+    flat = b"".join([struct.pack(f"{len(x)}i", *x) for x in lists])  # faster than numpy's and Arrow's own ways
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.frombuffer(flat, np.int32)))
 
 
 def trained_tokens(
@@ -211,7 +214,7 @@ def trained_tokens(
     ends = np.cumsum(np.append(0, labels.flatten().to_numpy() != IGNORED))
     return np.diff(ends[labels.offsets.to_numpy()])
 
-# %% ../nbs/14_prepare.ipynb #140023
+# %% ../nbs/14_prepare.ipynb #140024
 class Spool:
     "Rows with their samples on disk, chunk by chunk, until their side is known."
 
@@ -234,41 +237,51 @@ class Spool:
         if len(self.schemas["rows"]) > 1:
             texts += [i.place.encode() for i in items], [stored(i.record.original).encode() for i in items]
         self.rows.write_batch(batch("rows", (pa.array(t, pa.large_binary()) for t in texts)))
-        samples, row = [s for i in items for s in i.samples], np.array([n for n, i in enumerate(items) for _ in i.samples], np.int32)
+        samples = [s for i in items for s in i.samples]
+        row = np.array([n for n, i in enumerate(items) for _ in i.samples], np.int32)
         ids, labels = list_column([s.input_ids for s in samples]), list_column([s.labels for s in samples])
         self.samples.write_batch(batch("samples", (ids, labels, pa.array(row))))
-        np.array([(k, i.gist.asked, i.gist.answered, source, held) for k, i in zip(keys, items)], KEYS).tofile(self.keys)
+        told = [(k, i.gist.asked, i.gist.answered, source, held) for k, i in zip(keys, items)]
+        np.array(told, KEYS).tofile(self.keys)
+        self._count(items, row, np.diff(ids.offsets.to_numpy()), trained_tokens(labels))
+
+    def _count(self, items: list, row: np.ndarray, lengths: np.ndarray, trained: np.ndarray) -> None:
+        "Add to the tokens by role; `row` is what each sample is of."
         last = np.append(row[1:] != row[:-1], True)  # of a row's samples the one that holds all of it
-        trained = np.bincount(row, trained_tokens(labels)).astype(int)
-        self.roles["assistant"].update(trained.tolist())
-        asked = np.diff(ids.offsets.to_numpy())[last] - trained - np.array([i.system for i in items])
-        self.roles["user"].update(asked.tolist())
-        self.roles["system"].update([i.system for i in items if i.system])
+        trained, system = np.bincount(row, trained).astype(int), np.array([i.system for i in items])
+        asked = lengths[last] - trained - system
+        for role, tokens in ("assistant", trained), ("user", asked), ("system", system[system > 0]):
+            self.roles[role].update(tokens.tolist())
 
     def close(self) -> None:
         "Finish the files, so that they can be read."
         if self.keys.closed: return
         for f in (self.rows, self.samples, *self.files, self.keys): f.close()
 
-    def batches(self):
-        "The chunks: rows, samples, and an array of `KEYS` for each."
-        import pyarrow as pa
-        opened = [pa.OSFile(self.paths[name]) for name in self.schemas]
-        with opened[0], opened[1], open(self.paths["keys"], "rb") as keys:
-            for rows, samples in zip(*map(pa.ipc.open_stream, opened)):
-                yield rows, samples, np.fromfile(keys, KEYS, rows.num_rows)
 
-    def numbers(self, size: int = 1 << 16):
-        "The same arrays of `KEYS` by themselves, in larger pieces."
-        with open(self.paths["keys"], "rb") as keys:
-            while len(some := np.fromfile(keys, KEYS, size)): yield some
+def batches(spool: Spool):
+    "The chunks of a finished spool: rows, samples, and an array of `KEYS` for each."
+    import pyarrow as pa
+    opened = [pa.OSFile(spool.paths[name]) for name in spool.schemas]
+    with opened[0], opened[1], open(spool.paths["keys"], "rb") as keys:
+        for rows, samples in zip(*map(pa.ipc.open_stream, opened)):
+            yield rows, samples, np.fromfile(keys, KEYS, rows.num_rows)
+
+
+def numbers(
+    spool: Spool,
+    size: int = 1 << 16,
+):
+    "The same arrays of `KEYS` by themselves, in larger pieces."
+    with open(spool.paths["keys"], "rb") as keys:
+        while len(some := np.fromfile(keys, KEYS, size)): yield some
 
 
 def stored(original) -> str:
     "An original as JSON can hold it."
     return json.dumps(legible(original) if isinstance(original, str) else original, ensure_ascii=False, default=str)
 
-# %% ../nbs/14_prepare.ipynb #140025
+# %% ../nbs/14_prepare.ipynb #140026
 class Neighbours:
     "Near duplicates among the rows so far, and the clusters that they make."
 
@@ -292,7 +305,8 @@ class Neighbours:
             item, place = items[n - first], self.places[earlier]
             if not place or not self.places[n]: continue
             leak = self.held[earlier] and not held
-            problem = Problem("leak" if leak else "near duplicate", f"nearly the same as {place}" + ", an evaluation row" * leak)
+            said = f"nearly the same as {place}" + ", an evaluation row" * leak
+            problem = Problem("leak" if leak else "near duplicate", said)
             pairs.append(dict(check=problem.check, place=item.place, other=place, alike=round(alike, 2)))
             if leak or self.drop: problems[n - first], self.places[n] = problem, ""
             else:
@@ -300,7 +314,7 @@ class Neighbours:
                 self.clusters.union(nodes[n - first], self.nodes[earlier])
         return problems, nodes, pairs
 
-# %% ../nbs/14_prepare.ipynb #140027
+# %% ../nbs/14_prepare.ipynb #140028
 def mixing(data: DataSection) -> bool:
     "Whether sources are mixed by weight; with equal weights, the default, all rows are taken."
     return len({s.weight for s in data.mix}) > 1
@@ -315,22 +329,22 @@ def where(
     if item.place != item.record.place: return item.place  # one of several rows of a record
     return spot(item.record, facts.roles.get(problem.field, ""))
 
-
+# %% ../nbs/14_prepare.ipynb #140029
 class Books:
     "What became of the rows: counts, examples, and the file of those that were left out."
 
     def __init__(self, work: Path):
         self.rejects = open(work / "rejected.jsonl", "w", encoding="utf-8", newline="\n")
         self.tally, self.facts, self.pairs, self.cost = Tally(), [], [], Cost()
-        self.lengths, self.over, self.remade = Counter(), Counter(), Counter()  # tokens: rows kept, too long, made of those
+        self.lengths, self.over, self.remade = Counter(), Counter(), Counter()  # of rows kept, too long, made of those
 
     def reject(self, place: str, problem: Problem, original: str, facts: SourceFacts) -> None:
         "Write a row that is left out; `original` is JSON."
         facts.rejected += 1
         facts.why[problem.check] += 1
         self.tally.add(problem.check, place, problem.reason)
-        said = json.dumps(dict(place=place, check=problem.check, reason=legible(problem.reason)), ensure_ascii=False)
-        self.rejects.write(f'{said[:-1]}, "original": {original}}}\n')
+        said = dict(place=legible(place), check=problem.check, reason=legible(problem.reason))
+        self.rejects.write(f'{json.dumps(said, ensure_ascii=False)[:-1]}, "original": {original}}}\n')
 
     def reject_item(self, item: Item, problem: Problem, facts: SourceFacts) -> None:
         "Leave out a row, stating where its problem stands."
@@ -346,8 +360,8 @@ class Books:
         "The refusal of a source of which nothing can be used."
         check, n = facts.why.most_common(1)[0]
         said = (self.tally.places.get(check) or [""])[0]
-        return InputError(f"no row of {facts.path} can be used: {n:,} of {facts.records:,} records fail on {check} ({said}); "
-                          "correct them; all are in rejected.jsonl")
+        return InputError(f"no row of {facts.path} can be used: {n:,} of {facts.records:,} records fail on {check} "
+                          f"({said}); correct them; all are in rejected.jsonl")
 
     def counts(self) -> dict:
         "The sums over all sources; what came in is what was kept or rejected."
@@ -355,7 +369,7 @@ class Books:
         assert total["records"] + total["expanded"] == total["kept"] + total["rejected"], total
         return total
 
-# %% ../nbs/14_prepare.ipynb #140028
+# %% ../nbs/14_prepare.ipynb #140030
 class Reading(Books):
     "The first half: from a source to rows with their samples."
 
@@ -388,7 +402,8 @@ class Reading(Books):
         for r in records:
             facts.records += 1
             try: rows = shape_rows(r, facts.roles)
-            except BadRow as e: self.reject(spot(r, e.field), Problem(e.check, str(e)), stored(r.original), facts); continue
+            except BadRow as e:
+                self.reject(spot(r, e.field), Problem(e.check, str(e)), stored(r.original), facts); continue
             facts.expanded += len(rows) - 1
             for s in rows:
                 messages = messages_of(s.row)
@@ -407,23 +422,59 @@ class Reading(Books):
             if len(self.systems) > 10_000: self.systems.clear()
         return self.encoder.samples([i.messages for i in items])
 
-# %% ../nbs/14_prepare.ipynb #140030
-class Intake(Reading):
-    "The whole of it: rows with their samples are shortened, compared, counted and spooled."
+# %% ../nbs/14_prepare.ipynb #140032
+class Comparing(Reading):
+    "Rows that say what another has said."
+
+    def distinct(self, items: list, facts: SourceFacts) -> list:
+        "The rows that were not there before; a question with a new answer is noted."
+        gists, kept = [i.gist for i in items], []
+        asked = self.seen.asked(gists)
+        leaks = self.seen.held_out(gists) if self.given and not facts.held else {}
+        for item, g in zip(items, gists):
+            answers = asked.setdefault(g.asked, {})
+            if same := answers.get(g.answered):
+                leak = bool(same[1]) and not facts.held
+                said = f"same as {same[0]}" + ", an evaluation row" * leak
+                self.repeated(item, Problem("leak" if leak else "duplicate", said), same[0], 1.0, facts)
+            elif other := leaks.get(g.question):
+                said = f"asks the same question as {other}, an evaluation row"
+                self.repeated(item, Problem("leak", said), other, None, facts)
+            else:
+                if other := next(iter(answers.values()), None):
+                    said = f"another answer than in {other[0]} to the same question"
+                    item.notes.append(Problem("contradiction", said))
+                answers[g.answered] = item.place, facts.held
+                kept.append(item)
+        self.seen.add([(i.gist, i.place) for i in kept], facts.held)
+        return kept
+
+    def repeated(self, item: Item, problem: Problem, other: str, alike: float | None, facts: SourceFacts) -> None:
+        "Leave out a row that is like another."
+        self.reject_item(item, problem, facts)
+        if len(self.pairs) < PAIRS:
+            self.pairs.append(dict(check=problem.check, place=item.place, other=other, alike=alike))
+
+    def apart(self, items: list, facts: SourceFacts) -> tuple:
+        "(rows that stay, their keys): without those near others, where these are to go."
+        if not self.near or not items: return items, [i.gist.key for i in items]
+        problems, nodes, pairs = self.near.add(items, facts.held)
+        self.pairs += pairs[:PAIRS - len(self.pairs)]
+        for item, problem in zip(items, problems):
+            if problem: self.reject_item(item, problem, facts)
+        return tuple([x for x, p in zip(xs, problems) if not p] for xs in (items, nodes))
+
+# %% ../nbs/14_prepare.ipynb #140033
+class Intake(Comparing):
+    "The whole of it: what is left to do with rows once they are encoded."
 
     def settle(self, items: list, found: list, facts: SourceFacts) -> None:
-        "What is left to do with rows once they are encoded."
+        "Shorten, compare, count and spool."
         fits = []
-        for item, item.samples in zip(items, found): fits += [item] if item.length <= self.most else self.fitted(item, facts)
+        for item, item.samples in zip(items, found):
+            fits += [item] if item.length <= self.most else self.fitted(item, facts)
         for item in fits: item.gist = gist(item.row)
-        kept = self.distinct(fits, facts)
-        keys = [i.gist.key for i in kept]
-        if self.near and kept:
-            problems, nodes, pairs = self.near.add(kept, facts.held)
-            self.pairs += pairs[:PAIRS - len(self.pairs)]
-            for item, problem in zip(kept, problems):
-                if problem: self.reject_item(item, problem, facts)
-            kept, keys = ([x for x, p in zip(xs, problems) if not p] for xs in (kept, nodes))
+        kept, keys = self.apart(self.distinct(fits, facts), facts)
         for item in kept: self.note(item, facts)
         facts.kept += len(kept)
         self.lengths.update([i.length for i in kept])
@@ -438,41 +489,13 @@ class Intake(Reading):
         facts.expanded += len(done.rows) + len(done.lost) - 1
         problem = Problem("too long", done.said)
         for _ in done.lost: self.reject_item(item, problem, facts)
-        pieces = [Item(item.place, item.record, row, messages_of(row), item.notes, item.system, samples=samples)
+        pieces = [Item(item.place, item.record, row, messages_of(row), [], item.system, samples=samples)
                   for row, samples in zip(done.rows, done.samples)]
         pieces[0].notes = [*item.notes, problem]
-        for other in pieces[1:]: other.notes = []
         self.remade.update([i.length for i in pieces])
         return pieces
 
-    def distinct(self, items: list, facts: SourceFacts) -> list:
-        "The rows that were not there before; a question with a new answer is noted."
-        gists, kept = [i.gist for i in items], []
-        asked = self.seen.asked(gists)
-        leaks = self.seen.held_out(gists) if self.given and not facts.held else {}
-        for item, g in zip(items, gists):
-            answers = asked.setdefault(g.asked, {})
-            if same := answers.get(g.answered):
-                leak = same[1] and not facts.held
-                problem = Problem("leak", f"same as {same[0]}, an evaluation row") if leak else Problem("duplicate", f"same as {same[0]}")
-                self.repeated(item, problem, same[0], 1.0, facts)
-            elif g.question in leaks:
-                problem = Problem("leak", f"asks the same question as {leaks[g.question]}, an evaluation row")
-                self.repeated(item, problem, leaks[g.question], None, facts)
-            else:
-                if answers: item.notes.append(Problem("contradiction", f"another answer than in {next(iter(answers.values()))[0]} "
-                                                                       "to the same question"))
-                answers[g.answered] = item.place, facts.held
-                kept.append(item)
-        self.seen.add([(i.gist, i.place) for i in kept], facts.held)
-        return kept
-
-    def repeated(self, item: Item, problem: Problem, other: str, alike: float | None, facts: SourceFacts) -> None:
-        "Leave out a row that is like another."
-        self.reject_item(item, problem, facts)
-        if len(self.pairs) < PAIRS: self.pairs.append(dict(check=problem.check, place=item.place, other=other, alike=alike))
-
-# %% ../nbs/14_prepare.ipynb #140032
+# %% ../nbs/14_prepare.ipynb #140035
 def smallest(
     pieces,  # function that yields arrays of uint64, the same ones each time
     k: int,  # from 1
@@ -484,7 +507,7 @@ def smallest(
     inside = np.sort(np.concatenate([a[first(a) == bin_] for a in pieces()]))
     return int(inside[k - 1 - counts[:bin_].sum()])
 
-# %% ../nbs/14_prepare.ipynb #140034
+# %% ../nbs/14_prepare.ipynb #140037
 TRAIN, EVAL, OUT = 0, 1, 2  # where a row goes
 
 
@@ -501,14 +524,14 @@ class Sides:
     def _ends(self) -> tuple:
         "The smallest and the largest share of any row that stays."
         lowest, highest = 1.0, 0.0
-        for keys in self.spool.numbers():
+        for keys in numbers(self.spool):
             x = self.shares(keys)[self.kept(keys)]
             lowest, highest = min(lowest, x.min(initial=1)), max(highest, x.max(initial=0))
         return lowest, highest
 
     def _limits(self, facts: list) -> np.ndarray:
         "For each source the largest rank that stays."
-        of = lambda n: lambda: (ranks(k["asked"], k["answered"])[k["source"] == n] for k in self.spool.numbers())
+        of = lambda n: lambda: (ranks(k["asked"], k["answered"])[k["source"] == n] for k in numbers(self.spool))
         sources = [n for n, f in enumerate(facts) if not f.held]
         counts = mixed([facts[n].kept for n in sources], [s.weight for s in self.data.mix])
         limits = np.full(len(facts), 2**64 - 1, np.uint64)
@@ -529,7 +552,7 @@ class Sides:
         held = keys["held"] if self.given else self.shares(keys) < self.limit
         return np.where(self.kept(keys), held.astype(np.int8), OUT)
 
-# %% ../nbs/14_prepare.ipynb #140036
+# %% ../nbs/14_prepare.ipynb #140039
 class Side:
     "The rows of one side as they are written, and their samples."
 
@@ -549,15 +572,16 @@ class Side:
         number, row = self.rows + np.cumsum(chosen) - 1, samples.column("row").to_numpy()
         taken, row = samples.filter(pa.array(chosen[row])), row[chosen[row]]
         ids = taken.column("input_ids")
-        columns = ids, taken.column("labels"), pa.array(np.diff(ids.offsets.to_numpy())), pa.array(number[row].astype(np.int32))
-        self.samples.write_batch(pa.record_batch([*columns], schema=self.schema))
+        length, row = np.diff(ids.offsets.to_numpy()), number[row].astype(np.int32)
+        columns = [ids, taken.column("labels"), pa.array(length), pa.array(row)]
+        self.samples.write_batch(pa.record_batch(columns, schema=self.schema))
         self.rows += int(chosen.sum())
 
     def close(self) -> None:
         "Finish the files."
         for f in (self.samples, self.sink, self.lines): f.close()
 
-
+# %% ../nbs/14_prepare.ipynb #140040
 def pick(
     best: list,         # of (-rank, input_ids, labels); changed
     samples,
@@ -580,19 +604,19 @@ def write_sides(
     "Write the rows and samples of both sides, and reject what the mix leaves out."
     intake.spool.close()
     decide, both, best = Sides(intake), [Side(work, "train"), Side(work, "eval")], []
-    for rows, samples, keys in intake.spool.batches():
+    for rows, samples, keys in batches(intake.spool):
         goes = decide(keys)
         for n, side in enumerate(both): side.add(rows, samples, goes == n)
         pick(best, samples, ranks(keys["asked"], keys["answered"]), goes == TRAIN)
         for n in np.flatnonzero(goes == OUT):
             facts = intake.facts[keys["source"][n]]
             place, original = (rows.column(c)[int(n)].as_py().decode() for c in ("place", "original"))
-            intake.reject(place, Problem("mixed out", "left out so that the sources have the weights asked for"), original, facts)
+            intake.reject(place, Problem("mixed out", "left out for the weights of the sources"), original, facts)
             facts.kept -= 1
     for side in both: side.close()
     return both, sorted(best, reverse=True)
 
-# %% ../nbs/14_prepare.ipynb #140038
+# %% ../nbs/14_prepare.ipynb #140042
 FEW_ROWS = 1000
 
 
@@ -604,33 +628,28 @@ def findings(
     "The outcome of every check."
     data, total, share_held = intake.data, train + held, held / (train + held)
     odd = not intake.given and not data.eval_fraction / 2 <= share_held <= data.eval_fraction * 2
-    if total < FEW_ROWS: intake.tally.places["row count"] = [f"fewer than {FEW_ROWS:,}: watch the evaluation loss"]
-    if odd: intake.tally.places["evaluation share"] = [f"{share_held:.0%} of the rows, {data.eval_fraction:.0%} asked for: few or large groups"]
     found = {check: intake.tally.finding(check) for check in CHECKS}
-    found["row count"] = Finding("row count", "WARN" if total < FEW_ROWS else "PASS", total, intake.tally.places.get("row count", []))
-    found["evaluation share"] = Finding("evaluation share", "WARN" if odd else "PASS", held, intake.tally.places.get("evaluation share", []))
+    def whole(check, wrong, count, said):
+        found[check] = Finding(check, "WARN" if wrong else "PASS", count, [said] * wrong)
+    whole("row count", total < FEW_ROWS, total, f"fewer than {FEW_ROWS:,}: watch the evaluation loss")
+    whole("evaluation share", odd, held,
+          f"{share_held:.0%} of the rows, {data.eval_fraction:.0%} asked for: few or large groups")
     if intake.cost.rows: found["too long"].places.insert(0, f"cut at {intake.most:,} tokens: {intake.cost}")
     if not intake.near: found["near duplicate"].places = ["not looked for (data.near_duplicates=off)"]
     return list(found.values())
 
-# %% ../nbs/14_prepare.ipynb #140040
+# %% ../nbs/14_prepare.ipynb #140044
 WRITTEN = ("train.jsonl", "eval.jsonl", "train.arrow", "eval.arrow")
-
-
-def files_sha256(*paths: Path) -> str:
-    "One hash over the bytes of some files, read piece by piece."
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            while some := f.read(1 << 20): digest.update(some)
-    return digest.hexdigest()
 
 
 def sources_of(
     data: DataSection,
 ) -> tuple:            # (`Source`s to train on, the `Source` held out or None)
     "What is to be read; a folder of prepared rows brings its own evaluation rows."
-    held = Source(path=data.eval_path, subset=data.subset, split=data.split, columns=data.columns) if data.eval_path else None
+    held = None
+    if data.eval_path:
+        _, path = prepared_folder(data.eval_path) or (None, data.eval_path)
+        held = Source(path=str(path), subset=data.subset, split=data.split, columns=data.columns)
     if data.path and (ready := prepared_folder(data.path)):
         held = held or Source(path=str(ready[1]))
         return [Source(path=str(ready[0]))], held
@@ -645,22 +664,28 @@ def provenance(
     train, held = sources_of(data)
     sources = [fingerprint(s.path, s.subset, s.split) for s in (*train, *filter(None, [held]))]
     used = contract.model_dump(exclude={"model", "revision", "quant", "double_quant", "compute_dtype"})
-    return json.loads(json.dumps(dict(source_sha256=sources, settings=data.model_dump(exclude={"strict"}), contract=used,
-                                      version=qlora_nb.__version__)))
+    settings = data.model_dump(exclude={"strict"})
+    return plain(dict(source_sha256=sources, settings=settings, contract=used, version=qlora_nb.__version__))
 
 
+def plain(tree: dict) -> dict:
+    "A tree as it comes back from a JSON file; what is no character, as in the name of a file, becomes `?`."
+    return json.loads(json.dumps(tree, ensure_ascii=False, default=str).encode("utf-8", "replace"))
+
+# %% ../nbs/14_prepare.ipynb #140045
 def made_before(
     out: Path,
     origin: dict,          # from `provenance`
 ) -> DataReport | None:
     "The report in `out`, if it describes what would be made now and the files are still there."
     files = [out / name for name in WRITTEN]
-    if not all(f.is_file() for f in (*files, out / "rejected.jsonl", out / "report.html", out / "report.json")): return None
+    others = [out / name for name in ("rejected.jsonl", "report.html", "report.json")]
+    if not all(f.is_file() for f in (*files, *others)): return None
     tree = read_json(out / "report.json")
-    if tree.get("made_from") != origin or tree.get("rows_sha256") != files_sha256(*files): return None
+    if tree.get("made_from") != origin or tree.get("rows_sha256") != sha256(*files): return None
     return DataReport.from_dict(tree | {"reused": True})
 
-# %% ../nbs/14_prepare.ipynb #140041
+# %% ../nbs/14_prepare.ipynb #140046
 def check_out(
     data: DataSection,
     out: Path,
@@ -669,8 +694,8 @@ def check_out(
     if out.is_file(): raise InputError(f"{out} is a file; choose a folder to write to")
     train, held = sources_of(data)
     for s in (*train, *filter(None, [held])):
-        p = Path(s.path).expanduser()
-        inside = p.resolve() == out.resolve() or p.resolve().parent == out.resolve() and p.name in (*WRITTEN, "rejected.jsonl")
+        p = Path(s.path).expanduser().resolve()
+        inside = p == out.resolve() or p.parent == out.resolve() and p.name in (*WRITTEN, "rejected.jsonl")
         if source_kind(s.path) in ("file", "folder") and inside:
             raise InputError(f"{s.path} would be overwritten; choose another folder to write to")
 
@@ -687,13 +712,15 @@ def make_report(
     assert counts["kept"] == train + held, counts
     encoded = [Encoded(ids, labels, intake.encoder).clipped() for _, ids, labels in best]
     lengths = {"row": intake.lengths} | {role: c for role, c in intake.spool.roles.items() if c}
-    return DataReport(
+    report = DataReport(
         sources=[f.to_dict() for f in intake.facts], counts=counts, findings=findings(intake, train, held),
-        tokens=percentiles(intake.lengths) | {"limit": intake.most}, histograms={k: histogram(c) for k, c in lengths.items()},
+        tokens=percentiles(intake.lengths) | {"limit": intake.most},
+        histograms={k: histogram(c) for k, c in lengths.items()},
         curve=curve(intake.lengths - intake.remade + intake.over), cost=asdict(intake.cost), pairs=intake.pairs,
         examples=[stretches(e) for e in encoded], **facts)
+    return DataReport.from_dict(plain(report.to_dict()))
 
-# %% ../nbs/14_prepare.ipynb #140042
+# %% ../nbs/14_prepare.ipynb #140047
 def prepare(
     data: DataSection,
     contract: Contract,
@@ -718,13 +745,13 @@ def prepare(
         except InputError: intake.close(); publish(work / "rejected.jsonl", out); raise
         finally: intake.close()
         files = [work / name for name in WRITTEN]
-        report = make_report(intake, both, best, made_from=origin, rows_sha256=files_sha256(*files))
+        report = make_report(intake, both, best, made_from=origin, rows_sha256=sha256(*files))
         for f in (*files, work / "rejected.jsonl"): publish(f, out)
     with whole_file(out / "report.html") as f: f.write(report_page(report))
     write_json(out / "report.json", report.to_dict())
     return report
 
-
+# %% ../nbs/14_prepare.ipynb #140048
 def _made(out: Path, name: str) -> Path:
     "A file that `prepare` wrote."
     file = Path(out) / name

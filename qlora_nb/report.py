@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'STYLE', 'Finding', 'Tally', 'percentiles', 'histogram', 'curve', 'stretches', 'DataReport', 'in_words',
-           'source_in_words', 'told', 'report_markdown', 'blocks', 'show', 'one_line', 'bars_svg', 'curve_svg',
-           'table_html', 'report_html', 'report_page']
+           'source_in_words', 'told', 'report_markdown', 'blocks', 'show', 'one_line', 'svg', 'bars_svg', 'curve_svg',
+           'table_html', 'say', 'findings_html', 'pairs_html', 'report_html', 'report_page']
 
 # %% ../nbs/13_report.ipynb #130003
 import html, itertools
@@ -39,7 +39,7 @@ class Tally:
     def add(self, check: str, place: str, reason: str) -> None:
         "Count one row, and keep the first few."
         self.counts[check] += 1
-        if self.counts[check] <= EXAMPLES: self.places.setdefault(check, []).append(f"{place}: {reason}")
+        if self.counts[check] <= EXAMPLES: self.places.setdefault(check, []).append(legible(f"{place}: {reason}"))
 
     def merge(self, other: "Tally") -> None:
         "Add what another tally holds."
@@ -82,8 +82,8 @@ def curve(
     values, total, said, out = sorted(counts), sum(counts.values()), 0, []
     for v in values:
         said += counts[v]
-        if not out or v == values[-1] or said - out[-1][1] * total >= total / points or v - out[-1][0] >= values[-1] / points:
-            out.append([v, said / total])
+        far = not out or said - out[-1][1] * total >= total / points or v - out[-1][0] >= values[-1] / points
+        if far or v == values[-1]: out.append([v, said / total])
     return out
 
 # %% ../nbs/13_report.ipynb #130013
@@ -153,7 +153,7 @@ def source_in_words(facts: dict) -> str:
     form = ", ".join(str(facts["form"][k]) for k in ("format", "encoding") if facts["form"].get(k))
     roles = [f"{r} = {legible(c)}" + " (guessed)" * (r in facts["guessed"]) for r, c in facts["roles"].items()]
     unused = f"; not used: {listed(facts['unused'])}" * bool(facts["unused"])
-    return f"{facts['path']} ({form}): {', '.join(roles)}{unused}"
+    return f"{legible(facts['path'])} ({form}): {', '.join(roles)}{unused}"
 
 
 def told(finding: Finding) -> str:
@@ -193,7 +193,9 @@ def show(
     found = [f for f in report.findings if f.status != "PASS" or f.count and f.check == "mixed out"]
     if found:
         table = Table("check", "status", "count", "where", expand=False)
-        for f in found: table.add_row(f.check, Text(f.status, colour[f.status]), f"{f.count:,}", Text("\n".join(map(one_line, f.places))))
+        for f in found:
+            places = Text("\n".join(map(one_line, f.places)))
+            table.add_row(f.check, Text(f.status, colour[f.status]), f"{f.count:,}", places)
         console.print(table)
     console.print(Text(f"the other checks ({len(report.findings) - len(found)}) found nothing"))
     for name, bars in report.histograms.items():
@@ -207,24 +209,42 @@ def one_line(text: str) -> str:
 
 # %% ../nbs/13_report.ipynb #130023
 STYLE = """
-.qd{--fg:#1c2024;--dim:#60646c;--line:#d9d9e0;--bg:#fff;--soft:#f4f4f6;--bar:#2e7d32;--pass:#2e7d32;--warn:#9a5b00;--fail:#c62828;
+.qd{--fg:#1c2024;--dim:#60646c;--line:#d9d9e0;--bg:#fff;--soft:#f4f4f6;--bar:#2e7d32;
+ --pass:#2e7d32;--warn:#9a5b00;--fail:#c62828;
  color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;max-width:64em}
-@media (prefers-color-scheme:dark){.qd{--fg:#e8e8ea;--dim:#a0a4ac;--line:#3a3d42;--bg:#16181b;--soft:#222529;--bar:#66bb6a;
- --pass:#81c784;--warn:#ffb74d;--fail:#ef9a9a}}
-.qd h2{font-size:1.15em;margin:1.6em 0 .4em}.qd h1{font-size:1.5em;margin:.2em 0}.qd p{margin:.4em 0}
+@media (prefers-color-scheme:dark){.qd{--fg:#e8e8ea;--dim:#a0a4ac;--line:#3a3d42;--bg:#16181b;--soft:#222529;
+ --bar:#66bb6a;--pass:#81c784;--warn:#ffb74d;--fail:#ef9a9a}}
+.qd h1{font-size:1.5em;margin:.2em 0}.qd h2{font-size:1.15em;margin:1.6em 0 .4em}.qd p{margin:.4em 0}
 .qd .w{overflow-x:auto}.qd table{border-collapse:collapse;width:100%;margin:0}
-.qd td,.qd th{text-align:left!important;padding:.25em .8em .25em 0;border-bottom:1px solid var(--line);vertical-align:top}
-.qd td.n{text-align:right!important;font-variant-numeric:tabular-nums}.qd td.p{color:var(--dim);overflow-wrap:anywhere;min-width:16em}
-.qd .PASS{color:var(--pass)}.qd .WARN{color:var(--warn)}.qd .FAIL{color:var(--fail)}.qd small,.qd .dim{color:var(--dim)}
-.qd .cards{display:flex;flex-wrap:wrap;gap:.6em}.qd .cards div{background:var(--soft);border-radius:6px;padding:.4em .9em}
+.qd td,.qd th{text-align:left!important;padding:.25em .8em .25em 0;border-bottom:1px solid var(--line);
+ vertical-align:top}
+.qd td.n{text-align:right!important;font-variant-numeric:tabular-nums}
+.qd td.p{color:var(--dim);overflow-wrap:anywhere;min-width:16em}
+.qd .PASS{color:var(--pass)}.qd .WARN{color:var(--warn)}.qd .FAIL{color:var(--fail)}.qd .dim{color:var(--dim)}
+.qd .cards{display:flex;flex-wrap:wrap;gap:.6em}
+.qd .cards div{background:var(--soft);border-radius:6px;padding:.4em .9em}
 .qd .cards b{display:block;font-size:1.25em;font-variant-numeric:tabular-nums}
-.qd .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(17em,1fr));gap:1em}.qd svg{width:100%;height:auto;display:block}
-.qd pre{background:var(--soft);color:var(--dim);padding:.7em;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;margin:.5em 0}
-.qd .trained{color:var(--fg);background:color-mix(in srgb,var(--bar) 22%,transparent);border-bottom:2px solid var(--bar)}
-@media (max-width:40em){.qd tr{display:flex;flex-wrap:wrap;border-bottom:1px solid var(--line)}.qd td,.qd th{border:0}
- .qd td.p,.qd td.q{flex-basis:100%;min-width:0;overflow-wrap:anywhere}}
+.qd .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(17em,1fr));gap:1em}
+.qd svg{width:100%;height:auto;display:block}
+.qd pre{background:var(--soft);color:var(--dim);padding:.7em;border-radius:6px;white-space:pre-wrap;
+ overflow-wrap:anywhere;margin:.5em 0}
+.qd .trained{color:var(--fg);background:color-mix(in srgb,var(--bar) 22%,transparent);
+ border-bottom:2px solid var(--bar)}
 .qd .control{border:1px solid;border-radius:3px;font-size:85%;padding:0 .15em}
+@media (max-width:40em){.qd tr{display:flex;flex-wrap:wrap;border-bottom:1px solid var(--line)}
+ .qd td,.qd th{border:0}.qd td.p,.qd td.q{flex-basis:100%;min-width:0;overflow-wrap:anywhere}}
 """
+
+# %% ../nbs/13_report.ipynb #130024
+def svg(
+    name: str,
+    drawn: str,  # what is drawn, 320 wide and between 22 and 112 high
+    top: int,    # tokens at the right edge
+) -> str:
+    "A plot over lengths in tokens, from 0."
+    return (f'<svg viewBox="0 0 320 130" font-size="11" fill="currentColor" role="img" aria-label="{name}">'
+            f'<text x="0" y="12">{name}</text>{drawn}<path d="M0 112.5H320" stroke="var(--line)"/>'
+            f'<text x="0" y="126">0</text><text x="320" y="126" text-anchor="end">{top:,} tokens</text></svg>')
 
 
 def bars_svg(
@@ -234,13 +254,10 @@ def bars_svg(
     "A histogram of lengths in tokens."
     most, wide = max(n for *_, n in bars), 320 / len(bars)
     def bar(at, start, end, n):
-        h = 90 * n / most
-        return (f'<rect x="{at * wide:.1f}" y="{112 - h:.1f}" width="{wide - 1.5:.1f}" height="{h:.1f}" fill="var(--bar)">'
+        x, h = at * wide, 90 * n / most
+        return (f'<rect x="{x:.1f}" y="{112 - h:.1f}" width="{wide - 1.5:.1f}" height="{h:.1f}" fill="var(--bar)">'
                 f"<title>{start:,} to {end - 1:,} tokens: {n:,} rows</title></rect>")
-    drawn = "".join(bar(at, *b) for at, b in enumerate(bars) if b[2])
-    return (f'<svg viewBox="0 0 320 130" font-size="11" fill="currentColor" role="img" aria-label="{name} lengths in tokens">'
-            f'<text x="0" y="12">{name}</text>{drawn}<path d="M0 112.5H320" stroke="var(--line)"/><text x="0" y="126">0</text>'
-            f'<text x="320" y="126" text-anchor="end">{bars[-1][1] - 1:,} tokens</text></svg>')
+    return svg(name, "".join(bar(at, *b) for at, b in enumerate(bars) if b[2]), bars[-1][1] - 1)
 
 
 def curve_svg(
@@ -249,18 +266,16 @@ def curve_svg(
 ) -> str:
     "The cumulative distribution of row lengths, with the cut at `max_length`."
     top = max(points[-1][0], limit) * 1.02
-    x, y = lambda v: 320 * v / top, lambda s: 112 - 90 * s
-    path = "M0 112" + "".join(f"H{x(v):.1f}V{y(s):.1f}" for v, s in points) + "H320"
-    inside = max((s for v, s in points if v <= limit), default=0)
-    side = 'text-anchor="end" dx="-4"' if limit * 2 > top else 'dx="4"'
-    return (f'<svg viewBox="0 0 320 130" font-size="11" fill="currentColor" role="img" aria-label="share of rows by length">'
-            f'<text x="0" y="12">share of rows of at most so many tokens</text><path d="M0 112.5H320M0 22H320" stroke="var(--line)"/>'
-            f'<path d="{path}" fill="none" stroke="var(--bar)" stroke-width="2"/>'
-            f'<path d="M{x(limit):.1f} 18V112" stroke="var(--fail)" stroke-dasharray="4 3"/>'
-            f'<text x="{x(limit):.1f}" y="104" {side} paint-order="stroke" stroke="var(--bg)" stroke-width="4">max_length {limit:,}: {inside:.1%}</text>'
-            f'<text x="0" y="126">0</text><text x="320" y="126" text-anchor="end">{int(top):,} tokens</text></svg>')
+    path = "M0 112" + "".join(f"H{320 * v / top:.1f}V{112 - 90 * s:.1f}" for v, s in points) + "H320"
+    inside, x = max((s for v, s in points if v <= limit), default=0), 320 * limit / top
+    side = 'text-anchor="end" dx="-4"' if x > 160 else 'dx="4"'
+    halo = 'paint-order="stroke" stroke="var(--bg)" stroke-width="4"'
+    drawn = (f'<path d="{path}" fill="none" stroke="var(--bar)" stroke-width="2"/>'
+             f'<path d="M{x:.1f} 18V112" stroke="var(--fail)" stroke-dasharray="4 3"/>'
+             f'<text x="{x:.1f}" y="104" {side} {halo}>max_length {limit:,}: {inside:.1%}</text>')
+    return svg("share of rows of at most so many tokens", drawn, int(top))
 
-# %% ../nbs/13_report.ipynb #130024
+# %% ../nbs/13_report.ipynb #130025
 def table_html(
     head: tuple,
     rows: list,      # of tuples of (class, HTML) or HTML
@@ -271,36 +286,50 @@ def table_html(
     return f'<div class="w"><table><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{body}</table></div>'
 
 
+def say(x) -> str:
+    "Anything as text of an HTML page."
+    return html.escape(str(x))
+
+
+def findings_html(report: DataReport) -> str:
+    "The findings as a table, and those checks that found nothing in a sentence."
+    mark = lambda s: f'<b class="{s}">{s}</b>'
+    told = [f for f in report.findings if f.status != "PASS" or f.places]
+    rows = [(say(f.check), mark(f.status), ("n", f"{f.count:,}"), ("p", "<br>".join(map(say, f.places)))) for f in told]
+    quiet = ", ".join(f.check for f in report.findings if f not in told)
+    return table_html(("check", "", "rows", "examples"), rows) + f'<p class="dim">Nothing found: {say(quiet)}.</p>'
+
+
+def pairs_html(report: DataReport) -> str:
+    "Rows that are alike, as a table; nothing if there are none."
+    alike = lambda p: "" if p["alike"] is None else f"{p['alike']:.0%}"
+    rows = [(say(p["check"]), ("q", say(p["place"])), ("q", say(p["other"])), alike(p)) for p in report.pairs]
+    return "<h2>Duplicates and leaks</h2>" + table_html(("", "row", "is like", "similarity"), rows) if rows else ""
+
+# %% ../nbs/13_report.ipynb #130026
 def report_html(
     report: DataReport,
 ) -> str:                # HTML for a notebook, or for a page's body
     "The report with its pictures."
-    say = lambda x: html.escape(str(x))
-    mark = lambda s: ("", f'<b class="{s}">{s}</b>')
     cards = "".join(f"<div>{say(k)}<b>{v:,}</b></div>" for k, v in report.counts.items())
-    found = table_html(("check", "", "rows", "examples"),
-                       [(say(f.check), mark(f.status), ("n", f"{f.count:,}"), ("p", "<br>".join(map(say, f.places))))
-                        for f in report.findings if f.status != "PASS" or f.places])
-    quiet = ", ".join(f.check for f in report.findings if f.status == "PASS" and not f.places)
-    plots = "".join(f"<div>{p}</div>" for p in [curve_svg(report.curve, report.tokens["limit"]),
-                                               *(bars_svg(n, b) for n, b in report.histograms.items())])
-    pairs = table_html(("", "row", "is like", "similarity"),
-                       [(say(p["check"]), ("q", say(p["place"])), ("q", say(p["other"])), "" if p["alike"] is None else f"{p['alike']:.0%}")
-                        for p in report.pairs])
-    shown = "".join("<pre>" + "".join(f'<span class="{k}">{say(t)}</span>' for t, k in e) + "</pre>" for e in report.examples)
+    sources = "<br>".join(say(source_in_words(s)) for s in report.sources)
+    drawn = [curve_svg(report.curve, report.tokens["limit"]), *(bars_svg(n, b) for n, b in report.histograms.items())]
+    spans = lambda e: "".join(f'<span class="{kind}">{say(text)}</span>' for text, kind in e)
     return (f'<style>{STYLE}</style><div class="qd"><h1>Data: <span class="{report.status}">{report.status}</span></h1>'
-            f'<div class="cards">{cards}</div><p>{"<br>".join(say(source_in_words(s)) for s in report.sources)}</p>'
-            f"<h2>Findings</h2>{found}<p class='dim'>Nothing found: {say(quiet)}.</p><h2>Lengths in tokens</h2>"
-            f'<div class="plots">{plots}</div><p>{in_words(report.tokens)}</p><p class="dim">The curve has rows that were too long at their full length; what is counted for the user has the marks of the chat format in it.</p>'
-            + (f"<h2>Duplicates and leaks</h2>{pairs}" if report.pairs else "")
-            + f"<h2>Rows as the model sees them</h2><p class='dim'>Green is trained on, grey is only read; control tokens have a frame."
-            f"</p>{shown}</div>")
+            f'<div class="cards">{cards}</div><p>{sources}</p><h2>Findings</h2>{findings_html(report)}'
+            f'<h2>Lengths in tokens</h2><div class="plots">{"".join(f"<div>{p}</div>" for p in drawn)}</div>'
+            f'<p>{in_words(report.tokens)}</p><p class="dim">The curve has rows that were too long at their '
+            "full length; what is counted for the user has the marks of the chat format in it.</p>"
+            f"{pairs_html(report)}<h2>Rows as the model sees them</h2>"
+            '<p class="dim">Green is trained on, grey is only read; control tokens have a frame.</p>'
+            f'{"".join(f"<pre>{spans(e)}</pre>" for e in report.examples)}</div>')
 
 
 def report_page(report: DataReport) -> str:
     "The report as a whole HTML page."
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data report</title>'
-            '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            '<meta name="color-scheme" content="light dark">'
             "<style>body{margin:0;padding:1em}@media (prefers-color-scheme:dark){body{background:#16181b}}"
             "@media (min-width:66em){.qd{margin:0 auto}}</style></head>"
             f"<body>{report_html(report)}</body></html>\n")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRAM', 'LEAST', 'PERMS', 'BANDS', 'WIDE', 'NEAR', 'DEPTH', 'digest', 'Gist', 'gist', 'grams', 'shingles', 'jaccard',
-           'signatures', 'chance_to_meet', 'NearDuplicates', 'Clusters', 'share', 'limit_of', 'split_rows', 'mixed',
-           'ranks']
+           'signatures', 'chance_to_meet', 'similarity', 'NearDuplicates', 'Clusters', 'share', 'limit_of',
+           'split_rows', 'mixed', 'ranks']
 
 # %% ../nbs/13_split.ipynb #130003
 import hashlib, itertools
@@ -54,21 +54,27 @@ GRAM = 4  # characters a shingle
 
 def _mixed(h: np.ndarray) -> np.ndarray:
     "64-bit numbers stirred until each bit depends on all."
-    for shift, odd in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB): h = (h ^ (h >> np.uint64(shift))) * np.uint64(odd)
-    return h ^ (h >> np.uint64(31))
+    h = h ^ (h >> np.uint64(30))
+    h *= np.uint64(0xBF58476D1CE4E5B9)
+    h ^= h >> np.uint64(27)
+    h *= np.uint64(0x94D049BB133111EB)
+    h ^= h >> np.uint64(31)
+    return h
 
 
 def grams(
     texts: list,
 ) -> tuple:  # (hashes of all shingles, text after text; how many each text has)
     "The shingles of some texts as 64-bit hashes."
-    counts = np.fromiter(map(len, texts), np.int64, len(texts))
-    joined = "".join(" " * (GRAM - 1) + t for t in texts).encode("utf-32-le", "surrogatepass")
-    codes = np.frombuffer(joined, np.uint32).astype(np.uint64)
-    last = np.arange(counts.sum()) + (GRAM - 1) * np.repeat(np.arange(1, len(texts) + 1), counts)
-    hashes = codes[last]
-    for back in range(1, GRAM): hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[last - back]
-    return _mixed(hashes), counts
+    counts, blank = np.fromiter(map(len, texts), np.int64, len(texts)), " " * (GRAM - 1)
+    codes = np.frombuffer((blank + blank.join(texts)).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    hashes = codes[GRAM - 1:].copy()
+    for back in range(1, GRAM):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += codes[GRAM - 1 - back:len(codes) - back]
+    within, ends = np.ones(len(hashes), bool), np.cumsum(counts + GRAM - 1)[:-1]
+    for back in range(1, GRAM): within[ends - back] = False  # shingles that end in the blanks between two texts
+    return _mixed(hashes[within]), counts
 
 # %% ../nbs/13_split.ipynb #130016
 LEAST = 0.25  # weight of the lighter part of a row, as a share of the other's
@@ -79,15 +85,19 @@ def shingles(
 ) -> tuple:       # (hashes, row after row; where each row begins, and the end)
     "The weighted shingles of some rows."
     hashes, counts = grams([text for pair in parts for text in pair])
-    sizes = counts.reshape(-1, 2).astype(float)
-    weights = np.maximum(1, LEAST * sizes[:, ::-1] / np.maximum(sizes, 1))
     hashes ^= np.repeat(np.tile(np.array([0, 0x5851F42D4C957F2D], np.uint64), len(parts)), counts)
-    chance = (hashes >> np.uint64(40)) / 2**24
-    copies = (np.repeat(weights.ravel(), counts) + chance).astype(np.int64)
-    edges = np.concatenate([[0], np.cumsum(copies)])
-    number = np.arange(edges[-1]) - np.repeat(edges[:-1], copies)
-    rows = np.concatenate([[0], np.cumsum(counts.reshape(-1, 2).sum(1))])
-    return _mixed(np.repeat(hashes, copies) + number.astype(np.uint64)), edges[rows]
+    sizes = counts.reshape(-1, 2)
+    weights = (LEAST * sizes[:, ::-1] / np.maximum(sizes, 1)).ravel()
+    light = np.flatnonzero(np.repeat(weights > 1, counts))
+    chance = (hashes[light] >> np.uint64(40)) / 2**24
+    more = (np.repeat(weights, np.where(weights > 1, counts, 0)) - 1 + chance).astype(np.int64)
+    copies = np.ones(len(hashes), np.int64)
+    copies[light] += more
+    edges = np.append(0, np.cumsum(copies))
+    number = np.arange(more.sum()) - np.repeat(np.cumsum(more) - more, more) + 1
+    out = np.repeat(hashes, copies)
+    out[np.repeat(edges[light], more) + number] = _mixed(np.repeat(hashes[light], more) + number.astype(np.uint64))
+    return out, edges[np.append(0, np.cumsum(sizes.sum(1)))]
 
 
 def jaccard(
@@ -128,6 +138,14 @@ def chance_to_meet(
     return 1 - (1 - similarity**WIDE) ** BANDS
 
 
+def similarity(
+    low: np.ndarray,    # low bytes of signatures, of shape (rows, PERMS)
+    other: np.ndarray,
+) -> np.ndarray:
+    "Estimates of how alike rows are; two different numbers share their low byte once in 256, which is taken off."
+    return ((low == other).mean(1) - 1 / 256) / (1 - 1 / 256)
+
+
 def _band_hashes(found: np.ndarray) -> np.ndarray:
     "One 32-bit hash a band, of shape (rows, BANDS)."
     bands = found[:, :BANDS * WIDE].reshape(-1, BANDS, WIDE).astype(np.uint64)
@@ -149,7 +167,7 @@ class NearDuplicates:
         "Make room for `capacity` rows, and chain those that are there anew."
         more = lambda a: np.concatenate([a[:self.rows], np.empty((capacity - self.rows, a.shape[1]), a.dtype)])
         self.low, self.bands = more(self.low), more(self.bands)
-        self.before = np.empty(capacity * BANDS, np.int32)                               # the next link of a band's chain
+        self.before = np.empty(capacity * BANDS, np.int32)  # the next link of a band's chain
         self.head = np.full(1 << (capacity * BANDS - 1).bit_length(), -1, np.int32)  # the latest band of a bucket
         for first in range(0, self.rows, 4096): self._link(first, min(first + 4096, self.rows))
 
@@ -187,11 +205,11 @@ class NearDuplicates:
         if end > len(self.low): self._grow(max(end, 2 * len(self.low)))
         self.low[first:end], self.bands[first:end], self.rows = found, _band_hashes(found), end
         self._link(first, end)
-        near = []
-        for some in np.array_split(pairs := self._candidates(first, end), len(pairs) // 16384 + 1):
-            equal = (self.low[some[:, 0]] == self.low[some[:, 1]]).mean(1)
-            alike = (equal - 1 / 256) / (1 - 1 / 256)  # two different numbers share their low byte once in 256
-            near += [(*pair, a) for pair, a in zip(some[alike >= self.threshold].tolist(), alike[alike >= self.threshold].tolist())]
+        pairs, near = self._candidates(first, end), []
+        for some in np.array_split(pairs, len(pairs) // 16384 + 1):
+            alike = similarity(self.low[some[:, 0]], self.low[some[:, 1]])
+            found = np.flatnonzero(alike >= self.threshold)
+            near += [(row, earlier, s) for (row, earlier), s in zip(some[found].tolist(), alike[found].tolist())]
         return near
 
 # %% ../nbs/13_split.ipynb #130035
@@ -241,8 +259,8 @@ def limit_of(
 ) -> float:
     "The share below which rows are held out: `fraction`, or what leaves each side at least one group."
     if lowest < highest: return min(max(fraction, np.nextafter(lowest, 2)), highest)
-    raise InputError("rows of one question or group, or near duplicates of each other, cannot be split into training and "
-                     "evaluation rows; give at least 2 different ones, or evaluation rows of your own with data.eval_path")
+    raise InputError("rows of one question or group, or all near duplicates of each other, cannot be split into "
+                     "training and evaluation rows; give at least 2 different ones, or your own with data.eval_path")
 
 # %% ../nbs/13_split.ipynb #130041
 def split_rows(
