@@ -71,6 +71,7 @@ def read_json(path: Path):
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise InputError(f"{path} is missing; run the stage that writes it again") from None
     except json.JSONDecodeError as e: raise InputError(f"{path}:{e.lineno} is not JSON ({e.msg}); delete it and run again") from None
+    except UnicodeDecodeError: raise InputError(f"{path} is not UTF-8 text; delete it and run again") from None
 
 
 def write_jsonl(path: Path, rows) -> None:
@@ -182,7 +183,7 @@ class TrainSection(Section):
     patience: int = Field(3, ge=1)               # evaluations without improvement before stopping
     log_steps: int = Field(5, ge=1)
     group_by_length: bool = True
-    packing: bool = False                        # several samples in one sequence, each blind to the others
+    packing: bool = False                        # samples packed into one sequence at a time; micro_batch is not used then
     seed: int = 42
     lora: LoraSection = LoraSection()
 
@@ -191,13 +192,6 @@ class TrainSection(Section):
         if self.save_steps % self.eval_steps: raise ValueError(
             f"train.save_steps={self.save_steps} is no multiple of train.eval_steps={self.eval_steps}, so the best adapter "
             f"might not be saved; set train.save_steps={self.eval_steps * max(1, self.save_steps // self.eval_steps)}")
-        return self
-
-    @model_validator(mode="after")
-    def _packed_alone(self):
-        if self.packing and (self.micro_batch or 1) > 1: raise ValueError(
-            f"train.packing fills one sequence of data.max_length with samples; set train.micro_batch=1 (it is {self.micro_batch}) "
-            "and train.grad_accum to the sequences of an optimizer step")
         return self
 
 # %% ../nbs/05_config.ipynb #050019

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'Control', 'IGNORED', 'messages_of', 'is_marked', 'plain_template', 'render', 'special_texts',
            'added_tokens', 'frame', 'answers_trained', 'bare_tokenizer', 'ids_of', 'leading_space', 'trims_of',
-           'Contract', 'tokenizer_sha256', 'unfit', 'eos_of', 'family_of', 'family_template', 'same_text',
-           'choose_template', 'Encoded', 'Table', 'Piece', 'pieces_of', 'Encoder', 'check_tokenizer', 'check_same',
-           'make_contract', 'with_contract', 'check_template', 'pad_batch', 'length_batches', 'pack', 'packed']
+           'Contract', 'tokenizer_sha256', 'unfit', 'eos_of', 'family_of', 'family_template', 'ids_elsewhere',
+           'same_format', 'dated', 'choose_template', 'Encoded', 'Table', 'Piece', 'pieces_of', 'Encoder',
+           'check_tokenizer', 'check_same', 'with_contract', 'make_contract', 'check_template', 'pad_batch',
+           'length_batches', 'pack', 'packed']
 
 # %% ../nbs/07_contract.ipynb #070003
-import bisect, copy, hashlib, html, json, re
+import bisect, copy, datetime, hashlib, html, json, re, tempfile
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 # %% ../nbs/07_contract.ipynb #070004
 from .config import ASSETS, RunConfig, Section, read_json, write_json
@@ -164,6 +165,7 @@ def leading_space(
     return "every" if ids(token + "x")[1:] == spaced else "first"
 
 # %% ../nbs/07_contract.ipynb #070025
+_TALK = ("user", "assistant", "user", "assistant")
 _TRIMS = {"none": lambda s: s, "both": str.strip, "right": str.rstrip, "left": str.lstrip,
           "spaces": lambda s: s.strip(" "), "right spaces": lambda s: s.rstrip(" ")}
 
@@ -173,15 +175,16 @@ def trims_of(
     special: dict,  # from `special_texts`
     system: bool,   # whether the template takes system turns
 ) -> dict:          # role -> name in `_TRIMS`, only where something is trimmed
-    "What white space a template takes off the ends of the turns."
-    roles, pad = ("system",) * system + ("user", "assistant"), (" \n ", " \n ")
-    messages = [dict(role=r, content=pad[0] + _MARK.format(i) + pad[1]) for i, r in enumerate(roles)]
-    text, found = "".join(t for t, _ in render(template, messages, special)), {}
-    for i, role in enumerate(roles):
-        mark = _MARK.format(i)
-        fits = [name for name, trim in _TRIMS.items() if trim(pad[0] + mark + pad[1]) in text]
-        found[role] = max(fits, key=lambda name: len(_TRIMS[name](pad[0] + mark + pad[1])), default="both")
-    return {role: name for role, name in found.items() if name != "none"}
+    "What white space a template takes off the ends of the turns; a `ValueError` if that depends on where a turn stands."
+    found = {}
+    for roles in [_TALK] + [("system", *_TALK)] * system:
+        padded = [f" \n {_MARK.format(i)} \n " for i in range(len(roles))]
+        text = "".join(t for t, _ in render(template, [dict(role=r, content=p) for r, p in zip(roles, padded)], special))
+        for role, p in zip(roles, padded):
+            fits = [name for name, trim in _TRIMS.items() if trim(p) in text]
+            found.setdefault(role, set()).add(max(fits, key=lambda name: len(_TRIMS[name](p)), default="both"))
+    if odd := [role for role, names in found.items() if len(names) > 1]: raise ValueError(f"trims {odd[0]} turns now this way, now that")
+    return {role: names.pop() for role, names in found.items() if names != {"none"}}
 
 # %% ../nbs/07_contract.ipynb #070028
 class Contract(Section):
@@ -192,7 +195,7 @@ class Contract(Section):
     template_from: str                # where it comes from, in words
     system: Literal["template", "merge"]  # system turns have a place in the template, or open the first user turn
     mask: Literal["marks", "answers"]     # trained: what the template marks, or the answers up to EOS
-    trims: dict[str, str]             # role -> white space taken off its texts
+    trims: dict[Literal["system", "user", "assistant"], Literal["both", "left", "right", "spaces", "right spaces"]]
     leading_space: Literal["never", "first", "every"]  # stretches of text that get a space in front
     bos_token_id: int | None          # None: the family uses none
     eos_token_id: int                 # ends each answer, is trained, and stops generation
@@ -205,6 +208,11 @@ class Contract(Section):
     double_quant: bool
     compute_dtype: str                # as configured; `auto` is resolved by the device
 
+    @model_validator(mode="after")
+    def _pad_is_not_eos(self):
+        if self.pad_token_id == self.eos_token_id: raise ValueError("pad_token_id is the EOS, which would then not be trained")
+        return self
+
     def save(self, path: Path) -> None: write_json(path, self.model_dump())
 
     @classmethod
@@ -212,7 +220,7 @@ class Contract(Section):
         try: return cls.model_validate(read_json(path))
         except ValidationError as e:
             first = e.errors()[0]
-            raise InputError(f"{path} is no contract of this version ({'.'.join(map(str, first['loc']))}: {first['msg'].lower()}); "
+            raise InputError(f"{path} is no contract of this version ({'.'.join(map(str, first['loc'])) or 'contents'}: {first['msg'].lower()}); "
                              "prepare the data again in a new run folder") from None
 
     def _repr_markdown_(self):
@@ -232,9 +240,6 @@ def tokenizer_sha256(
     return {name: short(part) for name, part in parts.items()}
 
 # %% ../nbs/07_contract.ipynb #070033
-_TALK = ("user", "assistant", "user", "assistant")
-
-
 def unfit(
     tokenizer,
     template: str,
@@ -249,7 +254,10 @@ def unfit(
     tokens = [v.id for v, _ in atoms if isinstance(v, Control)]
     if None is not tokenizer.bos_token_id in tokens[1:] and tokenizer.bos_token_id != tokenizer.eos_token_id:
         return "writes BOS more than once"
-    return "" if eos_of(tokenizer, template, roles) is not None else "does not end each answer with one EOS token"
+    if eos_of(tokenizer, template, roles) is None: return "does not end each answer with one EOS token"
+    try: trims_of(template, special_texts(tokenizer), roles[0] == "system")
+    except ValueError as e: return str(e)
+    return ""
 
 
 def eos_of(tokenizer, template: str, roles: tuple = _TALK) -> int | None:
@@ -270,7 +278,7 @@ def family_of(tokenizer) -> str | None:
     "The family whose control tokens a tokenizer has, or whose marker its template writes."
     known = added_tokens(tokenizer)
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    return next((name for name, sign in _SIGNS.items() if sign in known), "mistral-v1" if "[INST]" in own else None)
+    return next((name for name, sign in _SIGNS.items() if sign in known), "mistral-v1" if "[INST]" in own and "<<SYS>>" not in own else None)
 
 
 def family_template(
@@ -283,12 +291,46 @@ def family_template(
     return template.replace("set lead = ' '", "set lead = ''") if lead else template
 
 
-def same_text(tokenizer, a: str, b: str) -> bool:
-    "Whether two templates render a conversation alike, white space apart, up to its last answer."
-    talk = [dict(role=r, content=f"turn{i}") for i, r in enumerate(_TALK)]
-    text = lambda t: "".join("".join(p for p, _ in render(t, talk, special_texts(tokenizer))).split())
-    a, b = text(a), text(b)
-    return a.startswith(b) or b.startswith(a)
+def _talks() -> list:
+    "Conversations to try a template on: plain, with white space around the texts, and with a system turn."
+    talk = [dict(role=r, content=f"turn {n}, in plain text") for n, r in enumerate(_TALK)]
+    pad = dict(user=" \n", assistant="")  # before an answer a token may join prompt and answer elsewhere, and never does here
+    return [talk, [m | dict(content=pad[m["role"]] + m["content"] + " ") for m in talk], [dict(role="system", content="Be brief."), *talk]]
+
+
+def ids_elsewhere(
+    tokenizer,
+    template: str,
+    messages: list,
+) -> list | None:   # None: the template refuses
+    "What other tools make of a conversation: the template rendered and tokenised in one go."
+    from jinja2 import TemplateError
+    asks = messages[-1]["role"] == "user"
+    try: return tokenizer.apply_chat_template(messages, chat_template=plain_template(template), tokenize=True,
+                                              add_generation_prompt=asks, return_dict=False)
+    except TemplateError: return None
+
+
+def same_format(
+    tokenizer,
+    own: str,       # the tokenizer's template
+    theirs: str,    # its family's
+) -> bool:
+    "Whether two templates give the same tokens; for Mistral's SentencePiece models, whose templates differ in spaces, the same text."
+    plain, padded, with_system = _talks()
+    if "▁" in tokenizer.get_vocab() and "[INST]" in theirs:
+        text = lambda t: "".join("".join(p for p, _ in render(t, plain, special_texts(tokenizer))).split())
+        return text(own) == text(theirs)
+    talks = [plain, padded] + [with_system] * (not unfit(tokenizer, own, ("system", *_TALK)))
+    return all(ids_elsewhere(tokenizer, own, t[:n]) == ids_elsewhere(tokenizer, theirs, t[:n]) for t in talks for n in (-1, -3))
+
+
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+def dated(template: str) -> str:
+    "A template that writes today's date, writing one date for good."
+    return _DATE.sub(lambda m: repr(datetime.date(2024, 7, 26).strftime(m[2])), template)
 
 
 def choose_template(
@@ -297,22 +339,24 @@ def choose_template(
 ) -> tuple:                # (template, where it comes from)
     "The template of a run, or an `InputError` that says why there is none."
     who, own, family = tokenizer.name_or_path or "the tokenizer", tokenizer.chat_template, family_of(tokenizer)
+    fitting = lambda: [n for n in TEMPLATES if not unfit(tokenizer, family_template(n, tokenizer))]
     if wanted != "auto":
         if wanted not in TEMPLATES: raise InputError(f"there is no template {wanted!r}; choose auto or one of {', '.join(TEMPLATES)}")
         template = family_template(wanted, tokenizer)
-        if wrong := unfit(tokenizer, template): raise InputError(f"model.template={wanted} {wrong} with the tokenizer of {who}; choose another")
+        if wrong := unfit(tokenizer, template):
+            raise InputError(f"model.template={wanted} {wrong} with the tokenizer of {who}; choose auto or {' or '.join(fitting())}")
         return template, f"{wanted}, as asked"
+    if isinstance(own, dict): own = own.get("default")
+    if isinstance(own, str): own = dated(own)
     wrong = unfit(tokenizer, own) if isinstance(own, str) else "is missing"
     if not wrong and is_marked(own): return own, "the tokenizer's own"
     theirs = family_template(family, tokenizer) if family else None
-    if theirs and unfit(tokenizer, theirs): theirs = None
-    if theirs and not wrong and same_text(tokenizer, own, theirs): return theirs, f"{family}, which renders as the tokenizer's own"
-    talks = ("system", *_TALK)
-    lost = "drops or repeats a turn (system)"
-    if theirs and (wrong or unfit(tokenizer, own, talks) == lost): return theirs, f"{family}; the tokenizer's own {wrong or lost}"
+    if theirs and not unfit(tokenizer, theirs):
+        if wrong: return theirs, f"{family}; the tokenizer's own {wrong}"
+        if same_format(tokenizer, own, theirs): return theirs, f"{family}, the same format as the tokenizer's own"
     if not wrong: return own, "the tokenizer's own, answers found by their end"
-    raise InputError(f"the chat template of {who} {wrong}; correct its chat_template.jinja, use the instruction-tuned variant "
-                     f"of the model, or choose one with model.template={'|'.join(TEMPLATES)}")
+    others = f"choose one that its model knows with model.template={'|'.join(fitting())}, or " if fitting() else ""
+    raise InputError(f"the chat template of {who} {wrong}; {others}use the instruction-tuned variant of the model")
 
 # %% ../nbs/07_contract.ipynb #070039
 IGNORED = -100
@@ -417,6 +461,10 @@ class Encoder:
         tokenizer,           # a fast transformers tokenizer
     ):
         check_tokenizer(contract, tokenizer)
+        ids = [i for i in (contract.bos_token_id, contract.pad_token_id, *contract.stop_token_ids, contract.eos_token_id) if i is not None]
+        if max(ids) >= len(tokenizer) or contract.eos_token_id not in contract.stop_token_ids:
+            raise InputError(f"contract.json names token {max(ids)} and the tokenizer has {len(tokenizer)}, or its EOS does not stop; "
+                             "restore the one that was trained with")
         self.contract, self.tokenizer = contract, tokenizer
         known, special = added_tokens(tokenizer), {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         roles = ("system",) * (contract.system == "template") + _TALK
@@ -428,6 +476,9 @@ class Encoder:
         self.control_ids = {c.id for c in self._controls.values()}
         self._bare = bare_tokenizer(tokenizer, set(self._controls))
         self._plans, self._frames = {}, {}
+        start = next(p for p in self._pieces(("user", "assistant")) if p.trained).parts[0]
+        kept = tokenizer.decode(ids_of(self._bare, " x")) == " x"  # SentencePiece decoders take the first space off themselves
+        self.lead = start if isinstance(start, str) and kept else ""
 
     def _pieces(self, roles: tuple) -> list:
         "The pieces for these roles, which end with an assistant turn."
@@ -470,8 +521,10 @@ class Encoder:
 
     def _turns(self, messages: list) -> tuple:
         "(roles, texts) with the system turn and the white space where the contract wants them."
-        if self.contract.system == "merge" and len(messages) > 1 and messages[0]["role"] == "system":
+        if self.contract.system == "merge" and [m["role"] for m in messages[:2]] == ["system", "user"]:
             messages = [{**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}, *messages[2:]]
+        if not messages or messages[-1]["role"] != "assistant":
+            raise InputError("a conversation to encode ends with the assistant's turn, and a prompt is what stands before one")
         trims = self.contract.trims
         texts = [m["content"] for m in messages] if not trims else [
             _TRIMS[trims.get(m["role"], "none")](m["content"]) for m in messages]
@@ -511,9 +564,18 @@ class Encoder:
         messages: list,  # a conversation that ends with a user turn
     ) -> list:           # token ids
         "The ids that stand before the answer in training: what generation starts from."
+        if not messages: raise InputError("there is no prompt; give at least one user turn")
         roles, texts = self._turns([*messages, {"role": "assistant", "content": ""}])
         pieces = _question(self._pieces(roles))
         return [i for p in pieces for i in p.ids or ids_of(self._bare, p.text(texts))]
+
+    def answer(
+        self,
+        ids: list,  # generated, without the token that ended it
+    ) -> str:
+        "What was answered: the text without the space that the template puts before answers."
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.removeprefix(self.lead)
 
     def pieces(
         self,
@@ -571,28 +633,50 @@ def check_same(
 def _pad_of(tokenizer, eos: int) -> int:
     "A padding token that is not EOS."
     if tokenizer.pad_token_id not in (None, eos, tokenizer.eos_token_id): return tokenizer.pad_token_id
-    spare = [t for t in ("<pad>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|placeholder1|>")
-             if t in tokenizer.get_vocab()]
-    if spare: return tokenizer.convert_tokens_to_ids(spare[0])
+    special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    spare = [special[t] for t in ("<pad>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|placeholder1|>") if t in special]
+    if spare: return spare[0]
     if tokenizer.unk_token_id not in (None, eos, tokenizer.eos_token_id): return tokenizer.unk_token_id
-    others = [i for i, t in tokenizer.added_tokens_decoder.items() if i not in (eos, tokenizer.eos_token_id, tokenizer.bos_token_id)]
+    others = set(special.values()) - {eos, tokenizer.eos_token_id, tokenizer.bos_token_id}
     if others: return max(others)
     raise InputError(f"{tokenizer.name_or_path} has no token that could serve as padding; add a <pad> token to it")
 
 # %% ../nbs/07_contract.ipynb #070047
-def _as_elsewhere(contract: Contract, tokenizer) -> None:
-    "Refuse a tokenizer that makes other ids of the contract's own template than training would."
-    encoder, talk = Encoder(contract, tokenizer), [dict(role=r, content=f"turn {n}, in plain text") for n, r in enumerate(_TALK)]
-    for asked in (talk[:1], talk[:3]):
-        theirs = tokenizer.apply_chat_template(asked, chat_template=plain_template(contract.template), tokenize=True,
-                                               add_generation_prompt=True, return_dict=False)
-        if theirs == encoder.prompt(asked): continue
-        n = next((i for i, (a, b) in enumerate(zip(theirs, encoder.prompt(asked))) if a != b), min(len(theirs), len(encoder.prompt(asked))))
-        raise InputError(f"with the template {contract.template_from}, {tokenizer.name_or_path} encodes a prompt unlike its parts "
-                         f"(first at token {n}: {tokenizer.decode(theirs[:n + 1])[-40:]!r}); choose one with model.template="
-                         f"{'|'.join(TEMPLATES)}")
+def with_contract(
+    contract: Contract,
+    tokenizer,
+):             # a copy of the tokenizer
+    "The tokenizer with the contract's template and padding, as it is saved beside an adapter or a merged model."
+    out = copy.deepcopy(tokenizer)
+    out.chat_template = plain_template(contract.template)
+    out.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
+    return out
 
 # %% ../nbs/07_contract.ipynb #070048
+def _as_elsewhere(contract: Contract, tokenizer) -> None:
+    "Refuse a tokenizer that makes other ids of the contract's own template than training would."
+    encoder = Encoder(contract, tokenizer)
+    for talk in _talks()[:2 + (contract.system == "template")]:
+        for asked in (talk[:-1], talk[:-3]):
+            ours, theirs = encoder.prompt(asked), ids_elsewhere(tokenizer, contract.template, asked)
+            if theirs == ours: continue
+            n = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
+            raise InputError(f"{tokenizer.name_or_path} tokenises its chat template ({contract.template_from}) as a whole unlike its "
+                             f"parts, first at token {n} after {tokenizer.decode(ours[:n])[-30:]!r}; choose another with model.template")
+
+
+def _comes_back(contract: Contract, tokenizer) -> None:
+    "Refuse a tokenizer that is another one when it is loaded from where it was saved."
+    from transformers import AutoTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        with_contract(contract, tokenizer).save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder)
+    now = tokenizer_sha256(again)
+    if differs := [part for part in now if now[part] != contract.tokenizer_sha256[part]]:
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} changes its {', '.join(differs)} when it is saved and loaded; "
+                         "use a model folder with a complete tokenizer.json")
+
+# %% ../nbs/07_contract.ipynb #070049
 def make_contract(
     tokenizer,          # a fast transformers tokenizer
     config: RunConfig,
@@ -611,20 +695,10 @@ def make_contract(
         max_length=config.data.max_length, too_long=config.data.too_long, tokenizer_sha256=tokenizer_sha256(tokenizer),
         quant=config.model.quant, double_quant=config.model.double_quant, compute_dtype=config.model.compute_dtype)
     _as_elsewhere(contract, tokenizer)
+    _comes_back(contract, tokenizer)
     return contract
 
-# %% ../nbs/07_contract.ipynb #070068
-def with_contract(
-    contract: Contract,
-    tokenizer,
-):             # a copy of the tokenizer
-    "The tokenizer with the contract's template and padding, as it is saved beside an adapter or a merged model."
-    out = copy.deepcopy(tokenizer)
-    out.chat_template = plain_template(contract.template)
-    out.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
-    return out
-
-
+# %% ../nbs/07_contract.ipynb #070069
 def check_template(
     contract: Contract,
     tokenizer,
@@ -637,7 +711,7 @@ def check_template(
     raise InputError(f"the chat template in {where} differs from contract.json's at character {at} ({got[at:at + 30]!r} there, "
                      f"{want[at:at + 30]!r} in the contract); restore it")
 
-# %% ../nbs/07_contract.ipynb #070072
+# %% ../nbs/07_contract.ipynb #070073
 def pad_batch(
     contract: Contract,
     samples: list,        # of {"input_ids"} and perhaps "labels", and "seq_lengths" where samples are packed
@@ -656,7 +730,7 @@ def pad_batch(
     if "labels" in samples[0]: batch["labels"] = [padded(s["labels"], IGNORED) for s in samples]
     return {k: torch.tensor(v) for k, v in batch.items()}
 
-# %% ../nbs/07_contract.ipynb #070075
+# %% ../nbs/07_contract.ipynb #070076
 def length_batches(
     lengths: list,    # in tokens
     batch_size: int,
@@ -665,7 +739,7 @@ def length_batches(
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
-# %% ../nbs/07_contract.ipynb #070078
+# %% ../nbs/07_contract.ipynb #070079
 def pack(
     lengths: list,  # in tokens
     most: int,      # tokens in one sequence; a longer sample gets one of its own

@@ -80,8 +80,7 @@ def generate(
 def _answer(loaded, ids, prompt_tokens) -> Answer:
     "Generated ids up to and without EOS as text."
     end = next((n for n, i in enumerate(ids) if i in loaded.contract.stop_token_ids), None)
-    text = loaded.tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return Answer(text, len(ids) if end is None else end + 1, prompt_tokens, end is not None)
+    return Answer(loaded.encoder.answer(ids[:end]), len(ids) if end is None else end + 1, prompt_tokens, end is not None)
 
 # %% ../nbs/19_generate.ipynb #190016
 def stream(
@@ -110,6 +109,9 @@ def stream(
             failed.append(e); streamer.end()
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    try: yield from (piece for piece in streamer if piece)
+    pieces = (piece for piece in streamer if piece)
+    try:
+        yield from (first for first in [next(pieces, "").removeprefix(loaded.encoder.lead)] if first)
+        yield from pieces
     finally: left.set(); thread.join()
     if failed: raise failed[0]

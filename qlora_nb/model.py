@@ -233,7 +233,11 @@ def load_encoder(
 ) -> Encoder:
     "The encoder of an adapter or a merged model; refused if tokenizer, template or contract were changed since."
     from transformers import AutoTokenizer
-    own, tokenizer = Contract.load(Path(folder) / "contract.json"), AutoTokenizer.from_pretrained(folder)
+    own = Contract.load(Path(folder) / "contract.json")
+    try: tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # of many kinds, as the files may be damaged in many ways
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+        raise InputError(f"the tokenizer in {folder} cannot be read ({why}); restore its files, or train again in a new folder") from None
     check_same(contract or own, own, f"{Path(folder).name}/contract.json")
     check_template(own, tokenizer, Path(folder).name)
     return Encoder(own, tokenizer)

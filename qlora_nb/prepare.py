@@ -38,7 +38,7 @@ class Seen:
 
     def __init__(self, path: Path):
         self.db = sqlite3.connect(path, isolation_level=None)
-        for pragma in "journal_mode=OFF", "synchronous=OFF", "cache_size=-16384", "locking_mode=EXCLUSIVE":
+        for pragma in "journal_mode=OFF", "synchronous=OFF", "cache_size=-4096", "locking_mode=EXCLUSIVE":
             self.db.execute(f"PRAGMA {pragma}")
         self.db.execute("CREATE TABLE seen (asked INTEGER, answered INTEGER, place TEXT, held INTEGER, "
                         "PRIMARY KEY (asked, answered)) WITHOUT ROWID")
@@ -258,7 +258,7 @@ class Spool:
         if self.keys.closed: return
         for f in (self.rows, self.samples, *self.files, self.keys): f.close()
 
-
+# %% ../nbs/14_prepare.ipynb #140025
 def batches(spool: Spool):
     "The chunks of a finished spool: rows, samples, and an array of `KEYS` for each."
     import pyarrow as pa
@@ -281,7 +281,7 @@ def stored(original) -> str:
     "An original as JSON can hold it."
     return json.dumps(legible(original) if isinstance(original, str) else original, ensure_ascii=False, default=str)
 
-# %% ../nbs/14_prepare.ipynb #140026
+# %% ../nbs/14_prepare.ipynb #140027
 class Neighbours:
     "Near duplicates among the rows so far, and the clusters that they make."
 
@@ -314,7 +314,7 @@ class Neighbours:
                 self.clusters.union(nodes[n - first], self.nodes[earlier])
         return problems, nodes, pairs
 
-# %% ../nbs/14_prepare.ipynb #140028
+# %% ../nbs/14_prepare.ipynb #140029
 def mixing(data: DataSection) -> bool:
     "Whether sources are mixed by weight; with equal weights, the default, all rows are taken."
     return len({s.weight for s in data.mix}) > 1
@@ -329,7 +329,7 @@ def where(
     if item.place != item.record.place: return item.place  # one of several rows of a record
     return spot(item.record, facts.roles.get(problem.field, ""))
 
-# %% ../nbs/14_prepare.ipynb #140029
+# %% ../nbs/14_prepare.ipynb #140030
 class Books:
     "What became of the rows: counts, examples, and the file of those that were left out."
 
@@ -369,7 +369,7 @@ class Books:
         assert total["records"] + total["expanded"] == total["kept"] + total["rejected"], total
         return total
 
-# %% ../nbs/14_prepare.ipynb #140030
+# %% ../nbs/14_prepare.ipynb #140031
 class Reading(Books):
     "The first half: from a source to rows with their samples."
 
@@ -422,7 +422,7 @@ class Reading(Books):
             if len(self.systems) > 10_000: self.systems.clear()
         return self.encoder.samples([i.messages for i in items])
 
-# %% ../nbs/14_prepare.ipynb #140032
+# %% ../nbs/14_prepare.ipynb #140033
 class Comparing(Reading):
     "Rows that say what another has said."
 
@@ -464,7 +464,7 @@ class Comparing(Reading):
             if problem: self.reject_item(item, problem, facts)
         return tuple([x for x, p in zip(xs, problems) if not p] for xs in (items, nodes))
 
-# %% ../nbs/14_prepare.ipynb #140033
+# %% ../nbs/14_prepare.ipynb #140034
 class Intake(Comparing):
     "The whole of it: what is left to do with rows once they are encoded."
 
@@ -495,7 +495,7 @@ class Intake(Comparing):
         self.remade.update([i.length for i in pieces])
         return pieces
 
-# %% ../nbs/14_prepare.ipynb #140035
+# %% ../nbs/14_prepare.ipynb #140036
 def smallest(
     pieces,  # function that yields arrays of uint64, the same ones each time
     k: int,  # from 1
@@ -507,7 +507,7 @@ def smallest(
     inside = np.sort(np.concatenate([a[first(a) == bin_] for a in pieces()]))
     return int(inside[k - 1 - counts[:bin_].sum()])
 
-# %% ../nbs/14_prepare.ipynb #140037
+# %% ../nbs/14_prepare.ipynb #140038
 TRAIN, EVAL, OUT = 0, 1, 2  # where a row goes
 
 
@@ -552,7 +552,7 @@ class Sides:
         held = keys["held"] if self.given else self.shares(keys) < self.limit
         return np.where(self.kept(keys), held.astype(np.int8), OUT)
 
-# %% ../nbs/14_prepare.ipynb #140039
+# %% ../nbs/14_prepare.ipynb #140040
 class Side:
     "The rows of one side as they are written, and their samples."
 
@@ -581,7 +581,7 @@ class Side:
         "Finish the files."
         for f in (self.samples, self.sink, self.lines): f.close()
 
-# %% ../nbs/14_prepare.ipynb #140040
+# %% ../nbs/14_prepare.ipynb #140041
 def pick(
     best: list,         # of (-rank, input_ids, labels); changed
     samples,
@@ -616,7 +616,7 @@ def write_sides(
     for side in both: side.close()
     return both, sorted(best, reverse=True)
 
-# %% ../nbs/14_prepare.ipynb #140042
+# %% ../nbs/14_prepare.ipynb #140043
 FEW_ROWS = 1000
 
 
@@ -638,7 +638,7 @@ def findings(
     if not intake.near: found["near duplicate"].places = ["not looked for (data.near_duplicates=off)"]
     return list(found.values())
 
-# %% ../nbs/14_prepare.ipynb #140044
+# %% ../nbs/14_prepare.ipynb #140045
 WRITTEN = ("train.jsonl", "eval.jsonl", "train.arrow", "eval.arrow")
 
 
@@ -672,7 +672,7 @@ def plain(tree: dict) -> dict:
     "A tree as it comes back from a JSON file; what is no character, as in the name of a file, becomes `?`."
     return json.loads(json.dumps(tree, ensure_ascii=False, default=str).encode("utf-8", "replace"))
 
-# %% ../nbs/14_prepare.ipynb #140045
+# %% ../nbs/14_prepare.ipynb #140046
 def made_before(
     out: Path,
     origin: dict,          # from `provenance`
@@ -685,7 +685,7 @@ def made_before(
     if tree.get("made_from") != origin or tree.get("rows_sha256") != sha256(*files): return None
     return DataReport.from_dict(tree | {"reused": True})
 
-# %% ../nbs/14_prepare.ipynb #140046
+# %% ../nbs/14_prepare.ipynb #140047
 def check_out(
     data: DataSection,
     out: Path,
@@ -720,7 +720,7 @@ def make_report(
         examples=[stretches(e) for e in encoded], **facts)
     return DataReport.from_dict(plain(report.to_dict()))
 
-# %% ../nbs/14_prepare.ipynb #140047
+# %% ../nbs/14_prepare.ipynb #140048
 def prepare(
     data: DataSection,
     contract: Contract,
@@ -751,7 +751,7 @@ def prepare(
     write_json(out / "report.json", report.to_dict())
     return report
 
-# %% ../nbs/14_prepare.ipynb #140048
+# %% ../nbs/14_prepare.ipynb #140049
 def _made(out: Path, name: str) -> Path:
     "A file that `prepare` wrote."
     file = Path(out) / name

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRAM', 'LEAST', 'PERMS', 'BANDS', 'WIDE', 'NEAR', 'DEPTH', 'digest', 'Gist', 'gist', 'grams', 'shingles', 'jaccard',
-           'signatures', 'chance_to_meet', 'similarity', 'NearDuplicates', 'Clusters', 'share', 'limit_of',
+           'signatures', 'chance_to_meet', 'similarity', 'Buckets', 'NearDuplicates', 'Clusters', 'share', 'limit_of',
            'split_rows', 'mixed', 'ranks']
 
 # %% ../nbs/13_split.ipynb #130003
@@ -154,11 +154,11 @@ def _band_hashes(found: np.ndarray) -> np.ndarray:
     return hashes.astype(np.uint32)
 
 # %% ../nbs/13_split.ipynb #130027
-class NearDuplicates:
-    "Finds, chunk by chunk, the earlier rows that a row nearly repeats."
+class Buckets:
+    "Signatures of rows, and chains of those that have a band in common."
 
-    def __init__(self, threshold: float = NEAR):
-        self.threshold, self.rows = threshold, 0
+    def __init__(self):
+        self.rows = 0
         self.low = np.empty((0, PERMS), np.uint8)      # low byte of each number of the signature
         self.bands = np.empty((0, BANDS), np.uint32)   # hash of each band
         self._grow(1024)
@@ -194,6 +194,10 @@ class NearDuplicates:
         pairs = np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=1)
         return pairs[pairs[:, 0] > pairs[:, 1]]
 
+# %% ../nbs/13_split.ipynb #130028
+class NearDuplicates(Buckets):
+    "Finds, chunk by chunk, the earlier rows that a row nearly repeats."
+
     def add(
         self,
         parts: list,  # of (asked, answered), one pair a row
@@ -208,11 +212,11 @@ class NearDuplicates:
         pairs, near = self._candidates(first, end), []
         for some in np.array_split(pairs, len(pairs) // 16384 + 1):
             alike = similarity(self.low[some[:, 0]], self.low[some[:, 1]])
-            found = np.flatnonzero(alike >= self.threshold)
+            found = np.flatnonzero(alike >= NEAR)
             near += [(row, earlier, s) for (row, earlier), s in zip(some[found].tolist(), alike[found].tolist())]
         return near
 
-# %% ../nbs/13_split.ipynb #130035
+# %% ../nbs/13_split.ipynb #130036
 class Clusters:
     "Which keys belong together; about 120 bytes a key."
 
@@ -242,7 +246,7 @@ class Clusters:
         "For each key, in the order they came, the smallest key of its cluster."
         return np.fromiter((self.keys[self.find(n)] for n in range(len(self.keys))), np.int64, len(self.keys))
 
-# %% ../nbs/13_split.ipynb #130038
+# %% ../nbs/13_split.ipynb #130039
 def share(
     keys,       # int64 digests
     seed: int,
@@ -262,7 +266,7 @@ def limit_of(
     raise InputError("rows of one question or group, or all near duplicates of each other, cannot be split into "
                      "training and evaluation rows; give at least 2 different ones, or your own with data.eval_path")
 
-# %% ../nbs/13_split.ipynb #130041
+# %% ../nbs/13_split.ipynb #130042
 def split_rows(
     rows: list,
     fraction: float,   # of the groups, that goes to evaluation
@@ -278,7 +282,7 @@ def split_rows(
     held = shares < limit_of(fraction, shares.min(initial=1), shares.max(initial=0))
     return [r for r, h in zip(rows, held) if not h], [r for r, h in zip(rows, held) if h]
 
-# %% ../nbs/13_split.ipynb #130048
+# %% ../nbs/13_split.ipynb #130049
 def mixed(
     counts: list,   # rows of each source
     weights: list,  # relative, all above 0
