@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'DAMAGED', 'CONTROL', 'MORE_THAN_SHORT', 'BREAKS', 'FEWEST', 'Check', 'Problem', 'special_pattern',
-           'texts_of', 'what_was_found', 'is_short', 'are_labels', 'normal', 'repeats', 'RowChecks', 'Keys', 'digest',
-           'keys_of', 'Cost', 'truncation_cost', 'last_break', 'longest_prefix', 'fitting_prefix', 'split_text',
-           'Shortened', 'shorten']
+           'texts_of', 'what_was_found', 'is_short', 'are_labels', 'normal', 'repeats', 'RowChecks', 'Cost',
+           'truncation_cost', 'last_break', 'longest_prefix', 'fitting_prefix', 'split_text', 'Shortened', 'shorten']
 
 # %% ../nbs/12_checks.ipynb #120003
-import bisect, hashlib, re
+import bisect, hashlib, json, re
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -172,29 +171,6 @@ class RowChecks:
         raise AssertionError("the texts of a row are those of its messages")
 
 # %% ../nbs/12_checks.ipynb #120035
-class Keys(NamedTuple):
-    "What rows are compared by; 16 bytes each."
-    conversation: bytes
-    context: bytes | None  # all that stands before the last answer; None for plain text
-    question: bytes        # the user's first; the text itself for plain text
-
-
-def digest(text: str) -> bytes:
-    "16 bytes that stand for a text."
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def keys_of(
-    messages: list,
-) -> Keys:
-    "The digests of a conversation."
-    said = [f"{m['role']}\0{normal(m['content'])}\0" for m in messages]
-    if len(said) == 1: return Keys(digest(said[0]), None, digest(said[0]))
-    start, before = int(messages[0]["role"] == "system"), "".join(said[:-1])
-    context = digest(before)
-    return Keys(digest(before + said[-1]), context, context if len(said) == 2 else digest(said[start]))
-
-# %% ../nbs/12_checks.ipynb #120038
 @dataclass(frozen=True, slots=True)
 class Cost:
     "What cutting rows at `max_length` would lose."
@@ -233,7 +209,7 @@ def truncation_cost(
         labels += sum(l != IGNORED for l in s.labels)
     return Cost(1, answers, cut, gone, eos, labels, lost, int(labels == lost))
 
-# %% ../nbs/12_checks.ipynb #120044
+# %% ../nbs/12_checks.ipynb #120041
 BREAKS = tuple(re.compile(p) for p in (r"\n[^\S\n]*\n+", r"\n|(?<=[.!?…])[^\S\n]+|(?<=[。！？])", r"\s+"))
 
 
@@ -247,7 +223,7 @@ def last_break(
         if found := [m.end() for m in pattern.finditer(text, end // 2, end) if m.end() > end // 2]: return found[-1]
     return end
 
-# %% ../nbs/12_checks.ipynb #120047
+# %% ../nbs/12_checks.ipynb #120044
 def longest_prefix(
     text: str,
     size,       # text -> tokens
@@ -277,7 +253,7 @@ def fitting_prefix(
         end = cut - 1
     return 0
 
-# %% ../nbs/12_checks.ipynb #120048
+# %% ../nbs/12_checks.ipynb #120045
 def split_text(
     text: str,
     size,       # text -> tokens
@@ -294,7 +270,7 @@ def split_text(
         start += cut
     return pieces
 
-# %% ../nbs/12_checks.ipynb #120051
+# %% ../nbs/12_checks.ipynb #120048
 FEWEST = 8  # tokens of an answer, EOS included, below which truncation is no use
 
 
@@ -333,7 +309,7 @@ def _truncated(row: dict, encoder, size, most: int) -> list:
     cut = fitting_prefix(last["content"], lambda text: size(with_answer(text)), most)
     return with_answer(last["content"][:cut].rstrip()) if last["content"][:cut].strip() else []
 
-# %% ../nbs/12_checks.ipynb #120053
+# %% ../nbs/12_checks.ipynb #120050
 def _ends(sample, eos_token_id: int) -> bool:
     "Whether the last answer of a sample is trained to its EOS."
     start = next((n for n in range(len(sample) - 1, -1, -1) if sample.labels[n] == IGNORED), -1) + 1
@@ -365,7 +341,7 @@ def shorten(
     if how == "drop": raise BadRow("too long", cost)
     parts = _split(row, size, max_length) if how == "split" else [_truncated(row, encoder, size, max_length)]
     group = row.get("group")
-    if group is None and len(parts) > 1: group = "split " + keys_of(messages_of(row)).conversation.hex()
+    if group is None and len(parts) > 1: group = "split " + hashlib.blake2b(json.dumps(messages_of(row)).encode(), digest_size=16).hexdigest()
     rows = [row_of(part, group) for part in parts if part]
     encoded = encoder.samples([messages_of(r) for r in rows]) if rows else []
     good = [max(map(len, e)) <= max_length and _ends(e[-1], eos) for e in encoded]

@@ -257,7 +257,7 @@ def data(
     mapped = {k: str(v) for k, v in map(parse_override, columns or [])}
     if weight and len(weight) != len(sources):
         raise InputError(f"{len(sources)} sources and {len(weight)} weights; give one --weight for each source")
-    mix = [dict(path=p, weight=w, subset=subset, split=split, columns=mapped) for p, w in zip(sources, weight or [1.0] * len(sources))]
+    mix = [dict(path=p, weight=w, subset=subset, split=split, columns=mapped) for p, w in zip(sources, weight or [None] * len(sources))]
     options = dict(max_length=max_length, eval_path=eval_path, eval_fraction=eval_fraction, seed=seed, too_long=too_long,
                    near_duplicates=near_duplicates, strict=strict, sources=mix if len(mix) > 1 else [],
                    **(dict(path=sources[0], subset=subset, split=split, columns=mapped) if len(mix) == 1 else {}))

@@ -106,7 +106,7 @@ class Source(Section):
     subset: str | None = None                    # configuration of a Hub data set
     split: str = "train"                         # split of a Hub data set or of a saved `datasets` folder
     columns: dict[str, str] = {}                 # role -> column name
-    weight: float = Field(1.0, gt=0)             # share in the mix, relative to the other sources
+    weight: float | None = Field(None, gt=0)     # share in the mix, relative to the others; none given: all rows of all
 
 
 class DataSection(Section):
@@ -348,7 +348,9 @@ def versions() -> dict:
 def sha256(*paths: Path) -> str:
     "One hash over the bytes of some files."
     digest = hashlib.sha256()
-    for path in paths: digest.update(Path(path).read_bytes())
+    for path in paths:
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 20): digest.update(piece)
     return digest.hexdigest()
 
 # %% ../nbs/05_config.ipynb #050035

@@ -94,7 +94,9 @@ def work_folder(
         full = getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "full" in str(e) or "No space" in str(e)
         if full: raise InputError(f"there is no room left for {out}; free some, or choose another folder") from None
         raise
-    finally: shutil.rmtree(work, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError): out.rmdir()  # only if nothing is in it
 
 
 def publish(
@@ -316,8 +318,8 @@ class Neighbours:
 
 # %% ../nbs/14_prepare.ipynb #140029
 def mixing(data: DataSection) -> bool:
-    "Whether sources are mixed by weight; with equal weights, the default, all rows are taken."
-    return len({s.weight for s in data.mix}) > 1
+    "Whether sources are mixed by weight; without weights all rows are taken."
+    return any(s.weight for s in data.mix)
 
 
 def where(
@@ -533,7 +535,7 @@ class Sides:
         "For each source the largest rank that stays."
         of = lambda n: lambda: (ranks(k["asked"], k["answered"])[k["source"] == n] for k in numbers(self.spool))
         sources = [n for n, f in enumerate(facts) if not f.held]
-        counts = mixed([facts[n].kept for n in sources], [s.weight for s in self.data.mix])
+        counts = mixed([facts[n].kept for n in sources], [s.weight or 1.0 for s in self.data.mix])
         limits = np.full(len(facts), 2**64 - 1, np.uint64)
         limits[sources] = [smallest(of(n), k) for n, k in zip(sources, counts)]
         return limits
@@ -742,7 +744,10 @@ def prepare(
                 intake.read(source, held=source is held)
                 if say: say(source_in_words(intake.facts[-1].to_dict()))
             both, best = write_sides(intake, work)
-        except InputError: intake.close(); publish(work / "rejected.jsonl", out); raise
+        except InputError:
+            intake.close()
+            if (work / "rejected.jsonl").stat().st_size: publish(work / "rejected.jsonl", out)
+            raise
         finally: intake.close()
         files = [work / name for name in WRITTEN]
         report = make_report(intake, both, best, made_from=origin, rows_sha256=sha256(*files))

@@ -8,9 +8,10 @@ __all__ = ['EXAMPLES', 'STYLE', 'Finding', 'Tally', 'percentiles', 'histogram', 
            'table_html', 'say', 'findings_html', 'pairs_html', 'report_html', 'report_page']
 
 # %% ../nbs/13_report.ipynb #130003
-import html, itertools
+import html, itertools, re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 # %% ../nbs/13_report.ipynb #130004
 from .checks import CHECKS
@@ -186,6 +187,8 @@ def show(
     "The report in a terminal."
     from rich.table import Table
     from rich.text import Text
+    folders = {str(Path(s["path"]).parent) for s in report.sources} - {"."}  # a narrow column shall keep what follows them
+    short = lambda place: re.sub("|".join(re.escape(f.rstrip("/") + "/") for f in folders) or "$^", "", one_line(place))
     colour = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
     console.print(Text(report.status, f"bold {colour[report.status]}"), Text(in_words(report.counts)),
                   Text("(already there, nothing done)" * report.reused))
@@ -194,7 +197,7 @@ def show(
     if found:
         table = Table("check", "status", "count", "where", expand=False)
         for f in found:
-            places = Text("\n".join(map(one_line, f.places)))
+            places = Text("\n".join(map(short, f.places)))
             table.add_row(f.check, Text(f.status, colour[f.status]), f"{f.count:,}", places)
         console.print(table)
     console.print(Text(f"the other checks ({len(report.findings) - len(found)}) found nothing"))
