@@ -561,10 +561,9 @@ class Encoder:
 
     def prompt(
         self,
-        messages: list,  # a conversation that ends with a user turn
+        messages: list,  # a conversation that ends with a user turn; empty: a plain text is to begin
     ) -> list:           # token ids
         "The ids that stand before the answer in training: what generation starts from."
-        if not messages: raise InputError("there is no prompt; give at least one user turn")
         roles, texts = self._turns([*messages, {"role": "assistant", "content": ""}])
         pieces = _question(self._pieces(roles))
         return [i for p in pieces for i in p.ids or ids_of(self._bare, p.text(texts))]
