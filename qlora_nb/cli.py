@@ -72,11 +72,11 @@ def quiet() -> None:
 
 # %% ../nbs/90_cli.ipynb #900011
 @contextlib.contextmanager
-def leaves_on_interrupt():
+def leaves_on_interrupt(then: str = "the same command goes on from the last checkpoint"):
     "Ctrl-C ends a command with exit code 130 and a word on how to go on."
     try: yield
     except KeyboardInterrupt:
-        print("qlora: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"qlora: stopped; {then}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -254,6 +254,7 @@ def data(
     from qlora_nb.model import load_tokenizer
     from qlora_nb.prepare import prepare
     from qlora_nb.report import show
+    if odd := [c for c in columns or [] if "=" not in c]: raise InputError(f"--map {odd[0]} is no role=column; e.g. --map output=reply")
     mapped = {k: str(v) for k, v in map(parse_override, columns or [])}
     if weight and len(weight) != len(sources):
         raise InputError(f"{len(sources)} sources and {len(weight)} weights; give one --weight for each source")
@@ -263,7 +264,8 @@ def data(
                    **(dict(path=sources[0], subset=subset, split=split, columns=mapped) if len(mix) == 1 else {}))
     config = _composed([f"model={model}", *(f"data.{k}={json.dumps(v)}" for k, v in options.items())])
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
-    report = prepare(config.data, make_contract(tokenizer, config), tokenizer, out)
+    with leaves_on_interrupt("nothing was written; give the command again"):
+        report = prepare(config.data, make_contract(tokenizer, config), tokenizer, out)
     if as_json: print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
         from rich.console import Console

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BOMS', 'SEQUENCE', 'ODD_IN_CP1252', 'QUOTED', 'BROKEN', 'LONGEST_LINE', 'LONGEST_RECORD', 'CREDIT', 'JSON', 'SPACE',
-           'FORMATS', 'KNOWN', 'SPLIT', 'SAME_SPLIT', 'Record', 'said', 'open_bytes', 'Form', 'utf16_codec',
-           'is_cp1252', 'text_form', 'damaged', 'legible', 'byte_lines', 'Dialect', 'dialect_fit', 'csv_dialect',
-           'Supply', 'width_of', 'lines_lost', 'explain_csv', 'strays', 'csv_entries', 'column_names', 'header_fields',
-           'csv_file', 'position', 'field_starts', 'csv_flaw', 'csv_records', 'TwiceError', 'kind_of', 'texts',
-           'json_flaw', 'object_flaw', 'line_records', 'Window', 'array_records', 'json_records', 'object_record',
-           'parquet_records', 'saved_records', 'hub_absence', 'hub_refusal', 'hub_records', 'reader_of', 'source_kind',
-           'prepared_folder', 'split_of', 'shards', 'read_records', 'value_offset', 'spot', 'described', 'describe',
-           'fingerprint']
+           'OPENING', 'FORMATS', 'KNOWN', 'SPLIT', 'SAME_SPLIT', 'Record', 'said', 'open_bytes', 'Form', 'utf16_codec',
+           'is_cp1252', 'text_form', 'damaged', 'legible', 'undecodable', 'byte_lines', 'Dialect', 'dialect_fit',
+           'csv_dialect', 'Supply', 'width_of', 'lines_lost', 'explain_csv', 'strays', 'csv_entries', 'column_names',
+           'header_fields', 'declared_delimiter', 'csv_file', 'position', 'field_starts', 'csv_flaw', 'csv_records',
+           'TwiceError', 'kind_of', 'texts', 'json_flaw', 'object_flaw', 'line_records', 'Window', 'array_records',
+           'holds_one_list', 'json_records', 'object_record', 'parquet_records', 'saved_records', 'hub_absence',
+           'hub_refusal', 'hub_records', 'reader_of', 'is_saved', 'source_kind', 'has_report', 'prepared_folder',
+           'split_of', 'shards', 'read_records', 'value_offset', 'spot', 'described', 'describe', 'fingerprint']
 
 # %% ../nbs/10_data.ipynb #100003
 import codecs, contextlib, csv, difflib, gzip, hashlib, io, json, re, shutil, tempfile, zlib
@@ -152,6 +152,18 @@ def legible(text: str) -> str:
         return f"\\x{code & 255:02x}" if code == 0 or 0xdc80 <= code <= 0xdcff else f"\\u{code:04x}"
     return BROKEN.sub(spell, text)
 
+
+def undecodable(
+    text: str,   # that is `damaged`
+    form: Form,  # of its file
+) -> str:
+    "What in a text is no text, and what to do about it."
+    code = ord(BROKEN.search(text)[0])
+    if not code: return "a zero character; remove it"
+    if "16" in form.codec: return f"half a character of {form.codec.upper()}; save the file again as UTF-8"
+    name = form.codec.upper().replace("CP", "cp")
+    return f"byte 0x{code & 255:02X} is not {name}; convert the file with iconv -f ENCODING -t UTF-8"
+
 # %% ../nbs/10_data.ipynb #100021
 LONGEST_LINE = 1 << 26  # bytes
 
@@ -208,6 +220,7 @@ def csv_dialect(
     f,                 # an open binary file, at its first line
     form: Form,
     prefer: str = "",  # the delimiter that wins a tie
+    only: str = "",    # the delimiter, if it is known
 ) -> Dialect:
     "The dialect of a CSV file, from its first 200 lines or 64 KiB."
     lines, size = [], 0
@@ -216,7 +229,7 @@ def csv_dialect(
         lines.append(form.decode(raw)); size += len(raw)
     quoted = lambda q: sum(bool(re.search(rf"(?:^|[,;\t|]){q}[^{q}]*{q}(?=[,;\t|\r\n]|$)", line)) for line in lines)
     quote = "'" if quoted("'") > max(len(lines) / 2, quoted('"')) else '"'
-    order = sorted(",;\t|", key=lambda c: c != prefer)
+    order = only or sorted(",;\t|", key=lambda c: c != prefer)
     best = max((Dialect(d, quote) for d in order), key=partial(dialect_fit, lines))
     spaced = replace(best, spaces=True)
     return spaced if dialect_fit(lines, spaced) > dialect_fit(lines, best) else best
@@ -291,12 +304,13 @@ def csv_entries(
     path: Path,        # its name, for messages
     form: Form,
     dialect: Dialect,
+    skipped: int = 0,  # bytes of a line `sep=;` before the first
 ):                     # yields (line number, text, fields, error, first byte, byte after the last)
     "The header and the records of a CSV file."
     csv.field_size_limit(max(csv.field_size_limit(), 2 * LONGEST_RECORD))  # the module's own, for all readers
     supply = Supply(byte_lines(f, form), form.decode)
     taken, reader, credit = supply.taken, dialect.reader(supply), CREDIT
-    line, at, width, torn, entry = 1, form.bom, 0, 0, None
+    line, at, width, torn, entry = 1 + bool(skipped), form.bom + skipped, 0, 0, None
     while True:
         taken.clear(); supply.ahead, error = 0, ""
         try: fields = next(reader, None)
@@ -338,16 +352,27 @@ def header_fields(text: str, dialect: Dialect) -> list:
     except csv.Error: return re.split(re.escape(dialect.delimiter), " ".join(text.split()))
 
 
+def declared_delimiter(
+    f,           # an open binary file, at its first line
+    form: Form,
+) -> tuple:      # the delimiter and the line's length in bytes; empty and 0 if there is no such line
+    "What a first line such as `sep=;` says."
+    line = next(byte_lines(f, form), b"")
+    found = re.fullmatch(r'"?sep=(\t|[^\w\s"\'])"?[\r\n]*', form.decode(line), re.I)
+    return (found[1], len(line)) if found else ("", 0)
+
+
 @contextlib.contextmanager
 def csv_file(
     path: Path,
 ):              # yields (names of the columns, dialect, form, iterator of entries)
     "An open CSV file, its header read."
     form, prefer = text_form(path), "\t" if ".tsv" in str(path).lower() else ""
-    with open_bytes(path) as f: f.read(form.bom); dialect = csv_dialect(f, form, prefer)
+    with open_bytes(path) as f: f.read(form.bom); only, skipped = declared_delimiter(f, form)
+    with open_bytes(path) as f: f.read(form.bom + skipped); dialect = csv_dialect(f, form, prefer, only)
     with open_bytes(path) as f:
-        f.read(form.bom)
-        entries = csv_entries(f, path, form, dialect)
+        f.read(form.bom + skipped)
+        entries = csv_entries(f, path, form, dialect, skipped)
         _, text, fields, error, *_ = next(entries, (1, "", [], "", 0, 0))
         yield column_names(header_fields(text, dialect) if error else fields), dialect, form, entries
 
@@ -382,7 +407,7 @@ def csv_flaw(
 ) -> tuple:            # place, original text, None, check, error, column
     "The first fields of the `Record` of an entry that cannot be read."
     check, at, starts = "syntax", None, field_starts(text, dialect)
-    if damaged(text): check, error, at = "encoding", f"bytes that are no text", BROKEN.search(text).start()
+    if damaged(text): check, error, at = "encoding", undecodable(text, form), BROKEN.search(text).start()
     elif not error:
         error = f"{found} field{'s' * (found != 1)} where the header has {width}"
         at = starts[width] if width < len(starts) else len(text.rstrip("\r\n"))
@@ -447,10 +472,11 @@ def object_flaw(value) -> tuple:  # check and error; empty if there is none
 
 # %% ../nbs/10_data.ipynb #100045
 def line_records(
-    path: Path,  # one JSON object a line
-):               # yields `Record`
+    path: Path,                # one JSON object a line
+    form: Form | None = None,  # if it is known already
+):                             # yields `Record`
     "The lines of a JSONL file as records."
-    form = text_form(path)
+    form = form or text_form(path)
     at, decode, parse = form.bom, form.decode, JSON.decode
     with open_bytes(path) as f:
         f.read(form.bom)
@@ -461,7 +487,7 @@ def line_records(
                 raise InputError(f"{path}:{line} is longer than 64 MiB; write one object a line")
             check, value = "", None
             if damaged(text):
-                check, error, column = "encoding", "bytes that are no text", BROKEN.search(text).start() + 1
+                check, error, column = "encoding", undecodable(text, form), BROKEN.search(text).start() + 1
             else:
                 try: value = parse(text)
                 except (ValueError, RecursionError) as e: check, (error, column) = "syntax", json_flaw(e)
@@ -526,38 +552,61 @@ class Window:
         raise InputError(f"{place} {what}; correct it, or write one object a line (.jsonl)")
 
 # %% ../nbs/10_data.ipynb #100049
+OPENING = re.compile(r'(\{\s*"(?:[^"\\]|\\.)*"\s*:\s*)?\[')
+
+
 def array_records(
-    path: Path,  # a JSON array of objects
-):               # yields `Record`
+    path: Path,                # a JSON array of objects, or an object that holds one under its only key
+    form: Form | None = None,  # if it is known already
+):                             # yields `Record`
     "The elements of a JSON array as records."
-    form = text_form(path)
+    form = form or text_form(path)
     with open_bytes(path) as f:
         f.read(form.bom)
         window = Window(f, path, form)
-        window.peek(); window.advance(window.at + 1)
+        window.peek()
+        opening = OPENING.match(window.text, window.at)
+        window.advance(opening.end() if opening else window.at + 1)
         more = window.peek() != "]"
         while more:
             value, end = window.value()
             place, column, start = f"{path}:{window.line}", window.column, window.byte
             original = window.advance(end)
-            check, error = ("encoding", "bytes that are no text") if damaged(original) else object_flaw(value)
+            check, error = ("encoding", undecodable(original, form)) if damaged(original) else object_flaw(value)
             yield Record(place, original, None if check else value, check, error, column, (start, window.byte))
             more = window.peek() == ","
             if more: window.advance(window.at + 1); window.peek()
             elif window.peek() != "]": window.refuse(window.at, "is not JSON (expected , or ])")
         window.advance(window.at + 1)
+        if opening and opening[1]:
+            if window.peek() != "}": window.refuse(window.at, "is not JSON (expected })")
+            window.advance(window.at + 1)
         if window.peek(): window.refuse(window.at, "has something after the array's end")
+
+
+def holds_one_list(path: Path, form: Form) -> bool:
+    "Whether a file is one object with a list under its only key, of rows and not of one conversation's messages."
+    message = lambda row: {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys()
+    try: return not any(message(r.value or {}) for r in array_records(path, form))
+    except InputError: return False
 
 
 def json_records(
     path: Path,
-):              # yields `Record`
+    form: Form | None = None,  # if it is known already
+):                             # yields `Record`
     "The objects of a JSON array or of a JSONL file, whichever it is."
-    form = text_form(path)
+    form = form or text_form(path)
     with open_bytes(path) as f: start = form.decode(f.read(1 << 12)[form.bom:]).lstrip()
-    if re.match(r"\{\s*[\r\n]", start) and Path(path.name.lower().removesuffix(".gz")).suffix == ".json":
-        raise InputError(f"{path} is a JSON object over several lines; write an array of objects, or one object a line")
-    return array_records(path) if re.match(r"\[\s*([{\]]|$)", start) else line_records(path)
+    if re.match(r"\[\s*([{\]]|$)", start): return array_records(path, form)
+    if Path(path.name.lower().removesuffix(".gz")).suffix == ".json":
+        opening = OPENING.match(start)
+        if opening and start[opening.end():].lstrip()[:1] == "{" and holds_one_list(path, form):
+            return array_records(path, form)
+        if re.match(r"\{\s*[\r\n]", start):
+            raise InputError(f"{path} is a JSON object over several lines; "
+                             "write an array of objects, or one object a line")
+    return line_records(path, form)
 
 # %% ../nbs/10_data.ipynb #100055
 def object_record(
@@ -678,6 +727,11 @@ def reader_of(path: Path):
     return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
+def is_saved(folder: Path) -> bool:
+    "Whether `datasets` wrote a folder, by `save_to_disk`."
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def source_kind(
     path: str,  # `pydoc`, a file, a folder, or `org/name`
 ) -> str:       # `pydoc`, `file`, `folder`, `saved` (by `datasets`) or `hub`
@@ -685,7 +739,7 @@ def source_kind(
     path = str(path)
     p = Path(path).expanduser()
     if path == "pydoc": return "pydoc"
-    if p.is_dir(): return "saved" if (p / "dataset_dict.json").is_file() or (p / "state.json").is_file() else "folder"
+    if p.is_dir(): return "saved" if is_saved(p) else "folder"
     if p.is_file() and not reader_of(p):
         raise InputError(f"{path} has the unknown extension {p.suffix!r}; give one of {KNOWN}")
     if p.is_file(): return "file"
@@ -700,12 +754,21 @@ SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?:ing|uation)?(?
 SAME_SPLIT = dict(valid="validation", val="validation", dev="validation")
 
 
+def has_report(folder: Path) -> bool:
+    "Whether a folder holds the report of rows prepared earlier, which says what they were made from."
+    if is_saved(folder): return False
+    try: report = json.loads((folder / "report.json").read_bytes())
+    except (OSError, ValueError, RecursionError): return False
+    return isinstance(report, dict) and "made_from" in report
+
+
 def prepared_folder(
     path: str,
 ):              # (train.jsonl, eval.jsonl), or None
     "The two files of a folder that holds rows prepared earlier."
-    files = tuple(Path(path).expanduser() / name for name in ("train.jsonl", "eval.jsonl"))
-    return files if all(f.is_file() for f in files) else None
+    folder = Path(path).expanduser()
+    files = folder / "train.jsonl", folder / "eval.jsonl"
+    return files if all(f.is_file() for f in files) and has_report(folder) else None
 
 
 def split_of(name: str) -> str:
@@ -722,6 +785,9 @@ def shards(
     if ready := prepared_folder(folder): return [ready[split == "eval"]]
     hidden = lambda f: any(part[0] in "._" for part in f.relative_to(folder).parts)
     files = sorted(f for f in folder.rglob("*") if f.is_file() and reader_of(f) and not hidden(f))
+    made = {f.parent for f in files if f.name == "report.json" and has_report(f.parent)}
+    output = lambda f: f.parent in made and (f.parent != folder or f.name in ("rejected.jsonl", "report.json"))
+    files = [f for f in files if not output(f)]
     if not files: raise InputError(f"the folder {folder} holds no file of a known kind ({KNOWN})")
     splits = [split_of(f.name) or split_of(f.parent.name) * (f.parent != folder) for f in files]
     if "" in splits or len(set(splits)) == 1: return files
@@ -730,7 +796,7 @@ def shards(
         raise InputError(f"{folder} holds {', '.join(sorted(set(splits)))}, not {split}; set data.split to one of them")
     return chosen
 
-# %% ../nbs/10_data.ipynb #100078
+# %% ../nbs/10_data.ipynb #100079
 def read_records(
     path: str,                   # `pydoc`, a file, a folder, or `org/name` on the Hub
     subset: str | None = None,   # configuration of the Hub data set
@@ -746,7 +812,7 @@ def read_records(
         for record in records: yield record
     if record is None: raise InputError(f"{path} holds no rows; give a source with questions and answers")
 
-# %% ../nbs/10_data.ipynb #100083
+# %% ../nbs/10_data.ipynb #100084
 def value_offset(
     record: Record,
     name: str,       # of a column
@@ -779,7 +845,7 @@ def spot(
     file, _, line = record.place.rpartition(":")
     return f"{file}:{int(line) + below}:{column + (max(record.column, 1) - 1) * (not below)}"
 
-# %% ../nbs/10_data.ipynb #100085
+# %% ../nbs/10_data.ipynb #100086
 def described(path: Path) -> dict:
     "What one file is."
     with open_bytes(path) as f: packed = isinstance(f.raw, gzip.GzipFile)
@@ -789,7 +855,8 @@ def described(path: Path) -> dict:
         with csv_file(path) as (names, dialect, form, _): columns = names
         found = dict(format="CSV" + gz, encoding=form.label)
         return found | dict(delimiter=dialect.delimiter, quote=dialect.quote, columns=columns)
-    form, kind = text_form(path), "JSON" if json_records(path).__name__ == "array_records" else "JSONL"
+    form = text_form(path)
+    kind = "JSON" if json_records(path, form).__name__ == "array_records" else "JSONL"
     return dict(format=kind + gz, encoding=form.label)
 
 

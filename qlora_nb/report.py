@@ -193,7 +193,7 @@ def show(
     console.print(Text(report.status, f"bold {colour[report.status]}"), Text(in_words(report.counts)),
                   Text("(already there, nothing done)" * report.reused))
     for s in report.sources: console.print(Text(source_in_words(s)))
-    found = [f for f in report.findings if f.status != "PASS" or f.count and f.check == "mixed out"]
+    found = [f for f in report.findings if f.status != "PASS" or f.places]
     if found:
         table = Table("check", "status", "count", "where", expand=False)
         for f in found:

@@ -278,6 +278,8 @@ def split_rows(
     nodes = [clusters.add(g.key) for g in gists]
     found = NearDuplicates().add([g.parts for g in gists]) if near else []
     for row, earlier, _ in found: clusters.union(nodes[row], nodes[earlier])
+    for n, g in zip(nodes, gists):  # a group and all its questions stay together
+        if g.key != g.question: clusters.union(n, clusters.add(g.question))
     shares = share(clusters.roots()[nodes], seed)
     held = shares < limit_of(fraction, shares.min(initial=1), shares.max(initial=0))
     return [r for r, h in zip(rows, held) if not h], [r for r, h in zip(rows, held) if h]
