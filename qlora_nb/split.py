@@ -201,11 +201,12 @@ class NearDuplicates(Buckets):
     def add(
         self,
         parts: list,  # of (asked, answered), one pair a row
+        found: np.ndarray | None = None,  # their `signatures`, if they were made elsewhere
     ) -> list:        # of (row, earlier row, estimated similarity); rows are numbered in the order they came
         "Add rows, and return those near one that came before them, in the same call or an earlier one."
         first, end = self.rows, self.rows + len(parts)
         if not parts: return []
-        found = signatures(parts)
+        if found is None: found = signatures(parts)
         if end > len(self.low): self._grow(max(end, 2 * len(self.low)))
         self.low[first:end], self.bands[first:end], self.rows = found, _band_hashes(found), end
         self._link(first, end)
