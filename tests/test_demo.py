@@ -16,9 +16,9 @@ from conftest import SHORT, qlora
 SECRETS = {"HF_TOKEN": "hf_canary5f1c9e77aa", "WANDB_API_KEY": "wandbcanary5f1c9e77", "QLORA_API_KEY": "qloracanary5f1c9e77"}
 EXPECTED = {
     "budget.json", "config.yaml", "contract.json", "metrics.jsonl", "train.ipynb", "train.json",
-    *(f"data/{n}" for n in ("train.jsonl", "eval.jsonl", "rejected.jsonl", "report.json", "report.html")),
+    *(f"data/{n}" for n in ("train.jsonl", "eval.jsonl", "train.arrow", "eval.arrow", "rejected.jsonl", "report.json", "report.html")),
     *(f"final_adapter/{n}" for n in ("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
-                                     "tokenizer.json", "tokenizer_config.json")),
+                                     "contract.json", "tokenizer.json", "tokenizer_config.json")),
     *(f"eval/{n}" for n in ("answers.jsonl", "report.json", "report.md", "report.png"))}
 CHECKPOINT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "optimizer.pt",
               "rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
@@ -99,7 +99,7 @@ def test_merged_model_is_an_ordinary_one(demo, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     contract = json.loads((demo[1] / "contract.json").read_text())
-    assert model.generation_config.eos_token_id == contract["eos_token_id"]
+    assert model.generation_config.eos_token_id == contract["stop_token_ids"]
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt", return_dict=True)
     assert ids["input_ids"][0, 0] == contract["bos_token_id"]
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
