@@ -341,7 +341,8 @@ def shorten(
     if how == "drop": raise BadRow("too long", cost)
     parts = _split(row, size, max_length) if how == "split" else [_truncated(row, encoder, size, max_length)]
     group = row.get("group")
-    if group is None and len(parts) > 1: group = "split " + hashlib.blake2b(json.dumps(messages_of(row)).encode(), digest_size=16).hexdigest()
+    if group is None and len(parts) > 1:
+        group = "split " + hashlib.blake2b(json.dumps(messages_of(row)).encode(), digest_size=16).hexdigest()
     rows = [row_of(part, group) for part in parts if part]
     encoded = encoder.samples([messages_of(r) for r in rows]) if rows else []
     good = [max(map(len, e)) <= max_length and _ends(e[-1], eos) for e in encoded]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'CONF', 'GROUPS', 'RECORDED', 'PACKAGES', 'UNFINISHED', 'whole_file', 'whole_folder', 'write_json',
-           'read_json', 'write_jsonl', 'read_jsonl', 'Section', 'ModelSection', 'Source', 'DataSection', 'EvalSection',
-           'GpuSection', 'LoraSection', 'TrainSection', 'RunConfig', 'flatten', 'known_keys', 'explain', 'validated',
-           'choices', 'parse_override', 'has_cuda', 'compose', 'versions', 'sha256', 'Run', 'start_run', 'open_run',
-           'load_secrets']
+           'read_json', 'write_jsonl', 'read_jsonl', 'RunFailed', 'Section', 'ModelSection', 'Source', 'DataSection',
+           'EvalSection', 'GpuSection', 'LoraSection', 'TrainSection', 'RunConfig', 'flatten', 'known_keys', 'explain',
+           'validated', 'choices', 'parse_override', 'has_cuda', 'compose', 'versions', 'sha256', 'Run', 'start_run',
+           'open_run', 'load_secrets']
 
 # %% ../nbs/05_config.ipynb #050003
 import contextlib, difflib, hashlib, importlib.metadata, json, os, platform, shutil
@@ -84,6 +84,10 @@ def read_jsonl(path: Path) -> list:
     with open(path, encoding="utf-8") as f: return [json.loads(line) for line in f]
 
 # %% ../nbs/05_config.ipynb #050016
+class RunFailed(RuntimeError):
+    "What ended a run though its settings were good: one line that says what happened, what is left, and what to do."
+
+# %% ../nbs/05_config.ipynb #050018
 class Section(BaseModel):
     "A group of settings that knows its own keys and no others."
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -94,12 +98,13 @@ class ModelSection(Section):
     name: str                                    # a catalogue name, or a label of one's own
     path: str                                    # `tiny`, a Hub id, or a folder
     revision: str | None = None                  # branch, tag or commit on the Hub
-    quant: Literal["nf4", "none"] = "nf4"        # the base's linear layers; `none` keeps 16 bit
+    quant: Literal["nf4", "int8", "none"] = "nf4"   # the base's linear layers; `none` keeps 16 bit
     double_quant: bool = True                    # quantise the quantisation constants too
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"   # auto: the first of these that works here
     template: str = "auto"                       # chat format: the tokenizer's own, or one named in 07_contract
 
-# %% ../nbs/05_config.ipynb #050017
+# %% ../nbs/05_config.ipynb #050019
 class Source(Section):
     "One place that rows come from."
     path: str                                    # `pydoc`, a file, a folder, or a Hub data set as org/name
@@ -154,17 +159,22 @@ class GpuSection(Section):
     name: str = "auto"
     vram_gb: float | None = Field(None, gt=0)    # GB = 10^9 bytes; null: what is free
 
-# %% ../nbs/05_config.ipynb #050018
+# %% ../nbs/05_config.ipynb #050020
 class LoraSection(Section):
-    "The adapter: W + alpha/r * B A on the target modules."
+    "The adapter: W + alpha/r * B A on the target modules; 18_adapter explains each setting."
     r: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
     targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1)
+    dora: bool = False                           # learn magnitude and direction of the weights apart
+    rslora: bool = False                         # scale by alpha/sqrt(r) instead of alpha/r
+    init: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"   # what A and B start from
+    lr_ratio: float | None = Field(None, ge=1)   # LoRA+: learning rate of B over that of A
 
 
 class TrainSection(Section):
     "The training loop."
+    method: Literal["lora", "ia3", "prefix"] = "lora"
     epochs: float = Field(3, gt=0)
     max_steps: int | None = Field(None, ge=1)    # optimizer steps; null: `epochs` decides
     lr: float = Field(2e-4, gt=0, le=1)
@@ -172,8 +182,8 @@ class TrainSection(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     max_grad_norm: float = Field(0.3, gt=0)
     effective_batch: int = Field(16, ge=1)       # samples an optimizer step
-    micro_batch: int | None = Field(None, ge=1)  # samples a forward pass; null: 2 if the budget allows it, else 1
-    grad_accum: int | None = Field(None, ge=1)   # forward passes an optimizer step; null: effective_batch / micro_batch
+    micro_batch: int | None = Field(None, ge=1)  # samples a forward pass; null: as many as the budget allows
+    grad_accum: int | None = Field(None, ge=1)   # forward passes an optimizer step; null: what makes up effective_batch
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_32bit"
     activation_checkpointing: bool = True        # recompute activations in the backward pass
     activation_offloading: bool = False          # keep them in RAM meanwhile (CUDA only)
@@ -185,6 +195,12 @@ class TrainSection(Section):
     group_by_length: bool = True
     packing: bool = False                        # samples packed into one sequence at a time; micro_batch is not used then
     seed: int = 42
+    compile: bool = False                        # torch.compile the model
+    neftune_alpha: float | None = Field(None, gt=0)             # NEFTune: noise on the embeddings while training
+    prefix_tokens: int = Field(16, ge=1)         # length of the learned prefix, with method=prefix
+    samples: int = Field(3, ge=0)                # held-out questions answered at each evaluation
+    sample_tokens: int = Field(64, ge=1)         # tokens of such an answer at most
+    report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]          # beside metrics.jsonl
     lora: LoraSection = LoraSection()
 
     @model_validator(mode="after")
@@ -194,7 +210,7 @@ class TrainSection(Section):
             f"might not be saved; set train.save_steps={self.eval_steps * max(1, self.save_steps // self.eval_steps)}")
         return self
 
-# %% ../nbs/05_config.ipynb #050019
+# %% ../nbs/05_config.ipynb #050021
 class RunConfig(Section):
     "Everything that decides a run's result."
     model: ModelSection
@@ -218,7 +234,7 @@ def flatten(
         out |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v}
     return out
 
-# %% ../nbs/05_config.ipynb #050022
+# %% ../nbs/05_config.ipynb #050024
 def known_keys(section: type = RunConfig, prefix: str = "") -> list:
     "All dotted keys of a configuration."
     keys = []
@@ -250,7 +266,7 @@ def validated(
     try: return RunConfig.model_validate(tree)
     except ValidationError as e: raise InputError(explain(e)) from None
 
-# %% ../nbs/05_config.ipynb #050025
+# %% ../nbs/05_config.ipynb #050027
 GROUPS = ("model", "data", "train", "eval", "gpu")
 RECORDED = ("versions", "data_sha256", "seed", "chosen")  # what a run's config.yaml holds beside the settings
 
@@ -282,7 +298,7 @@ def parse_override(
         with contextlib.suppress(ValueError): value = float(value)  # YAML 1.1 reads 2e-4 as a string
     return key.strip().lstrip("+"), value
 
-# %% ../nbs/05_config.ipynb #050028
+# %% ../nbs/05_config.ipynb #050030
 def has_cuda() -> bool:
     "Whether an NVIDIA driver with a GPU is present; asks the driver, not torch."
     import pynvml
@@ -306,7 +322,7 @@ def _chosen_groups(given: dict) -> dict:
         raise InputError(f"there is no {group} {choice!r}; {hint}Choose one of {', '.join(choices(group))}{more}")
     return groups
 
-# %% ../nbs/05_config.ipynb #050029
+# %% ../nbs/05_config.ipynb #050031
 def compose(
     overrides: list = (),         # `group=choice` or `dotted.key=value`, later ones win
     file: Path | None = None,     # YAML with the same keys as a tree
@@ -335,7 +351,7 @@ def _from_file(file) -> dict:
     if not isinstance(tree, dict): raise InputError(f"{file} holds no settings; write keys such as train: {{max_steps: 30}}")
     return {k: v for k, v in flatten(tree).items() if k.split(".")[0] not in RECORDED}
 
-# %% ../nbs/05_config.ipynb #050034
+# %% ../nbs/05_config.ipynb #050036
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 
@@ -353,7 +369,7 @@ def sha256(*paths: Path) -> str:
             while piece := f.read(1 << 20): digest.update(piece)
     return digest.hexdigest()
 
-# %% ../nbs/05_config.ipynb #050035
+# %% ../nbs/05_config.ipynb #050037
 @dataclass(frozen=True)
 class Run:
     "A run folder: the paths of what its stages leave there."
@@ -392,7 +408,7 @@ class Run:
         tree = {**config.model_dump(), "seed": config.train.seed, "versions": versions(), **facts}
         with whole_file(self.config_file) as f: yaml.safe_dump(tree, f, sort_keys=False, allow_unicode=True)
 
-# %% ../nbs/05_config.ipynb #050037
+# %% ../nbs/05_config.ipynb #050039
 UNFINISHED = {"train.ipynb", "budget.json", "contract.json", "data"}  # what a first attempt may have left
 
 
@@ -422,7 +438,7 @@ def open_run(
     if not run.config_file.exists(): raise InputError(f"{path} is not a run folder (no config.yaml); make one with: qlora train --run {path}")
     return run
 
-# %% ../nbs/05_config.ipynb #050041
+# %% ../nbs/05_config.ipynb #050043
 def load_secrets() -> None:
     "Read HF_TOKEN, WANDB_API_KEY and QLORA_API_KEY from `.env` unless the environment has them."
     from dotenv import load_dotenv

@@ -6,14 +6,15 @@
 __all__ = ['TEMPLATES', 'Control', 'IGNORED', 'messages_of', 'is_marked', 'plain_template', 'render', 'special_texts',
            'added_tokens', 'frame', 'answers_trained', 'bare_tokenizer', 'ids_of', 'leading_space', 'trims_of',
            'Contract', 'tokenizer_sha256', 'unfit', 'eos_of', 'family_of', 'family_template', 'ids_elsewhere',
-           'same_format', 'dated', 'choose_template', 'Encoded', 'Table', 'Piece', 'pieces_of', 'Encoder',
-           'check_tokenizer', 'check_same', 'with_contract', 'make_contract', 'check_template', 'pad_batch',
-           'length_batches', 'pack', 'packed']
+           'same_format', 'dated', 'choose_template', 'Table', 'token_texts', 'Encoded', 'Piece', 'pieces_of',
+           'before_answer', 'last_answer', 'control_tokens', 'Plans', 'differing', 'check_tokenizer', 'check_same',
+           'turns_of', 'Encoder', 'with_contract', 'make_contract', 'check_template', 'pad_batch', 'length_batches',
+           'pack', 'packed']
 
 # %% ../nbs/07_contract.ipynb #070003
 import bisect, copy, datetime, hashlib, html, json, re, tempfile
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -175,15 +176,17 @@ def trims_of(
     special: dict,  # from `special_texts`
     system: bool,   # whether the template takes system turns
 ) -> dict:          # role -> name in `_TRIMS`, only where something is trimmed
-    "What white space a template takes off the ends of the turns; a `ValueError` if that depends on where a turn stands."
+    "What white space a template takes off the ends of the turns; a `ValueError` if that depends on a turn's place."
     found = {}
     for roles in [_TALK] + [("system", *_TALK)] * system:
         padded = [f" \n {_MARK.format(i)} \n " for i in range(len(roles))]
-        text = "".join(t for t, _ in render(template, [dict(role=r, content=p) for r, p in zip(roles, padded)], special))
+        turns = [dict(role=r, content=p) for r, p in zip(roles, padded)]
+        text = "".join(t for t, _ in render(template, turns, special))
         for role, p in zip(roles, padded):
             fits = [name for name, trim in _TRIMS.items() if trim(p) in text]
             found.setdefault(role, set()).add(max(fits, key=lambda name: len(_TRIMS[name](p)), default="both"))
-    if odd := [role for role, names in found.items() if len(names) > 1]: raise ValueError(f"trims {odd[0]} turns now this way, now that")
+    if odd := [role for role, names in found.items() if len(names) > 1]:
+        raise ValueError(f"trims {odd[0]} turns now this way, now that")
     return {role: names.pop() for role, names in found.items() if names != {"none"}}
 
 # %% ../nbs/07_contract.ipynb #070028
@@ -210,8 +213,8 @@ class Contract(Section):
 
     @model_validator(mode="after")
     def _pad_is_not_eos(self):
-        if self.pad_token_id == self.eos_token_id: raise ValueError("pad_token_id is the EOS, which would then not be trained")
-        return self
+        if self.pad_token_id != self.eos_token_id: return self
+        raise ValueError("pad_token_id is the EOS, which would then not be trained")
 
     def save(self, path: Path) -> None: write_json(path, self.model_dump())
 
@@ -220,7 +223,8 @@ class Contract(Section):
         try: return cls.model_validate(read_json(path))
         except ValidationError as e:
             first = e.errors()[0]
-            raise InputError(f"{path} is no contract of this version ({'.'.join(map(str, first['loc'])) or 'contents'}: {first['msg'].lower()}); "
+            what = f"{'.'.join(map(str, first['loc'])) or 'contents'}: {first['msg'].lower()}"
+            raise InputError(f"{path} is no contract of this version ({what}); "
                              "prepare the data again in a new run folder") from None
 
     def _repr_markdown_(self):
@@ -235,7 +239,8 @@ def tokenizer_sha256(
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     model = tree["model"]
     parts = {"vocabulary": model.pop("vocab"), "merges": model.pop("merges", None), "model": model,
-             "added tokens": tree["added_tokens"], "normaliser": tree["normalizer"], "pre-tokeniser": tree["pre_tokenizer"]}
+             "added tokens": tree["added_tokens"], "normaliser": tree["normalizer"],
+             "pre-tokeniser": tree["pre_tokenizer"]}
     short = lambda part: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
     return {name: short(part) for name, part in parts.items()}
 
@@ -250,7 +255,7 @@ def unfit(
     try: atoms = frame(template, roles, added_tokens(tokenizer), special_texts(tokenizer))
     except TemplateError as e: return f"cannot render {'/'.join(dict.fromkeys(roles))} turns ({e})"
     turns = [v for v, _ in atoms if v.__class__ is int]
-    if missing := [i for i in range(len(roles)) if turns.count(i) != 1]: return f"drops or repeats a turn ({roles[missing[0]]})"
+    if odd := [r for i, r in enumerate(roles) if turns.count(i) != 1]: return f"drops or repeats a turn ({odd[0]})"
     tokens = [v.id for v, _ in atoms if isinstance(v, Control)]
     if None is not tokenizer.bos_token_id in tokens[1:] and tokenizer.bos_token_id != tokenizer.eos_token_id:
         return "writes BOS more than once"
@@ -263,7 +268,8 @@ def unfit(
 def eos_of(tokenizer, template: str, roles: tuple = _TALK) -> int | None:
     "The special token that ends each trained answer, if there is one."
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
-    atoms = answers_trained(frame(template, roles, added_tokens(tokenizer), special_texts(tokenizer)), roles, is_marked(template))
+    atoms = frame(template, roles, added_tokens(tokenizer), special_texts(tokenizer))
+    atoms = answers_trained(atoms, roles, is_marked(template))
     ends = [v.id for (v, trained), (_, after) in zip(atoms, [*atoms[1:], (None, False)])
             if trained and not after and isinstance(v, Control) and v.id in special]
     spans = sum(trained and not before for (_, trained), (_, before) in zip(atoms, [(None, False), *atoms]))
@@ -278,7 +284,8 @@ def family_of(tokenizer) -> str | None:
     "The family whose control tokens a tokenizer has, or whose marker its template writes."
     known = added_tokens(tokenizer)
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    return next((name for name, sign in _SIGNS.items() if sign in known), "mistral-v1" if "[INST]" in own and "<<SYS>>" not in own else None)
+    written = "mistral-v1" if "[INST]" in own and "<<SYS>>" not in own else None
+    return next((name for name, sign in _SIGNS.items() if sign in known), written)
 
 
 def family_template(
@@ -290,12 +297,13 @@ def family_template(
     lead = "set lead = ' '" in template and leading_space(tokenizer) == "every"
     return template.replace("set lead = ' '", "set lead = ''") if lead else template
 
-
+# %% ../nbs/07_contract.ipynb #070039
 def _talks() -> list:
     "Conversations to try a template on: plain, with white space around the texts, and with a system turn."
     talk = [dict(role=r, content=f"turn {n}, in plain text") for n, r in enumerate(_TALK)]
-    pad = dict(user=" \n", assistant="")  # before an answer a token may join prompt and answer elsewhere, and never does here
-    return [talk, [m | dict(content=pad[m["role"]] + m["content"] + " ") for m in talk], [dict(role="system", content="Be brief."), *talk]]
+    pad = dict(user=" \n", assistant="")  # elsewhere a token may join prompt and answer, which it never does here
+    padded = [m | dict(content=pad[m["role"]] + m["content"] + " ") for m in talk]
+    return [talk, padded, [dict(role="system", content="Be brief."), *talk]]
 
 
 def ids_elsewhere(
@@ -310,21 +318,22 @@ def ids_elsewhere(
                                               add_generation_prompt=asks, return_dict=False)
     except TemplateError: return None
 
-
+# %% ../nbs/07_contract.ipynb #070040
 def same_format(
     tokenizer,
     own: str,       # the tokenizer's template
     theirs: str,    # its family's
 ) -> bool:
-    "Whether two templates give the same tokens; for Mistral's SentencePiece models, whose templates differ in spaces, the same text."
+    "Whether two templates give the same tokens; for Mistral's SentencePiece models the same text, spaces aside."
     plain, padded, with_system = _talks()
     if "▁" in tokenizer.get_vocab() and "[INST]" in theirs:
         text = lambda t: "".join("".join(p for p, _ in render(t, plain, special_texts(tokenizer))).split())
         return text(own) == text(theirs)
     talks = [plain, padded] + [with_system] * (not unfit(tokenizer, own, ("system", *_TALK)))
-    return all(ids_elsewhere(tokenizer, own, t[:n]) == ids_elsewhere(tokenizer, theirs, t[:n]) for t in talks for n in (-1, -3))
+    ids = lambda template, asked: ids_elsewhere(tokenizer, template, asked)
+    return all(ids(own, t[:n]) == ids(theirs, t[:n]) for t in talks for n in (-1, -3))
 
-
+# %% ../nbs/07_contract.ipynb #070043
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -332,7 +341,7 @@ def dated(template: str) -> str:
     "A template that writes today's date, writing one date for good."
     return _DATE.sub(lambda m: repr(datetime.date(2024, 7, 26).strftime(m[2])), template)
 
-
+# %% ../nbs/07_contract.ipynb #070046
 def choose_template(
     tokenizer,
     wanted: str = "auto",  # or the name of a family
@@ -341,10 +350,12 @@ def choose_template(
     who, own, family = tokenizer.name_or_path or "the tokenizer", tokenizer.chat_template, family_of(tokenizer)
     fitting = lambda: [n for n in TEMPLATES if not unfit(tokenizer, family_template(n, tokenizer))]
     if wanted != "auto":
-        if wanted not in TEMPLATES: raise InputError(f"there is no template {wanted!r}; choose auto or one of {', '.join(TEMPLATES)}")
+        if wanted not in TEMPLATES:
+            raise InputError(f"there is no template {wanted!r}; choose auto or one of {', '.join(TEMPLATES)}")
         template = family_template(wanted, tokenizer)
         if wrong := unfit(tokenizer, template):
-            raise InputError(f"model.template={wanted} {wrong} with the tokenizer of {who}; choose auto or {' or '.join(fitting())}")
+            raise InputError(f"model.template={wanted} {wrong} with the tokenizer of {who}; "
+                             f"choose auto or {' or '.join(fitting())}")
         return template, f"{wanted}, as asked"
     if isinstance(own, dict): own = own.get("default")
     if isinstance(own, str): own = dated(own)
@@ -358,7 +369,35 @@ def choose_template(
     others = f"choose one that its model knows with model.template={'|'.join(fitting())}, or " if fitting() else ""
     raise InputError(f"the chat template of {who} {wrong}; {others}use the instruction-tuned variant of the model")
 
-# %% ../nbs/07_contract.ipynb #070039
+# %% ../nbs/07_contract.ipynb #070049
+@dataclass
+class Table:
+    "Columns of text, for display."
+    head: tuple
+    rows: list
+
+    def _repr_markdown_(self):
+        cell = lambda v: str(v).replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+        lines = self.head, ["---"] * len(self.head), *self.rows
+        return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in lines)
+
+
+def token_texts(
+    tokenizer,
+    ids: list,  # token ids; None stands for tokens left out
+) -> list:      # of text
+    "Each token as the text it adds to those before it; a character of several tokens shows with its last."
+    said, kept = [], []
+    for i in ids:
+        if i is None: said.append(" […] "); kept = []; continue
+        before = tokenizer.decode(kept)
+        kept.append(i)
+        now = tokenizer.decode(kept)
+        said.append("" if now.endswith("\ufffd") else now[len(before.rstrip("\ufffd")):])
+        if not now.endswith("\ufffd"): kept = kept[-8:]
+    return said
+
+# %% ../nbs/07_contract.ipynb #070051
 IGNORED = -100
 
 
@@ -372,7 +411,7 @@ class Encoded:
     def __len__(self): return len(self.input_ids)
 
     @property
-    def tokens(self) -> list: return self.encoder.pieces(self.input_ids)
+    def tokens(self) -> list: return token_texts(self.encoder.tokenizer, self.input_ids)
 
     def clipped(
         self,
@@ -380,15 +419,16 @@ class Encoded:
     ) -> "Encoded":
         "A long sample with its middle left out, for display."
         if len(self) <= most: return self
-        half = most // 2
-        return Encoded([*self.input_ids[:half], None, *self.input_ids[-half:]], [*self.labels[:half], IGNORED, *self.labels[-half:]], self.encoder)
+        around = lambda values, gap: [*values[:most // 2], gap, *values[-(most // 2):]]
+        return Encoded(around(self.input_ids, None), around(self.labels, IGNORED), self.encoder)
 
     def _repr_html_(self):
         def token(i, text, label):
             shown = f"<u>{html.escape(text)}</u>" if i in self.encoder.control_ids else html.escape(text)
             return f"<i>{shown}</i>" if label == IGNORED else f"<b>{shown}</b>"
-        style = ("<style>.toks{white-space:pre-wrap}.toks i,.toks b{font:inherit}.toks i{color:#888}.toks b{background:#2e7d3233;"
-                 "border-bottom:2px solid #2e7d32}.toks u{text-decoration:none;border:1px solid;border-radius:3px;font-size:85%}</style>")
+        style = ("<style>.toks{white-space:pre-wrap}.toks i,.toks b{font:inherit}.toks i{color:#888}.toks b{"
+                 "background:#2e7d3233;border-bottom:2px solid #2e7d32}.toks u{text-decoration:none;border:1px solid;"
+                 "border-radius:3px;font-size:85%}</style>")
         return f'{style}<pre class="toks">{"".join(map(token, self.input_ids, self.tokens, self.labels))}</pre>'
 
     def side_by_side(
@@ -401,18 +441,7 @@ class Encoded:
         rows = [(n, repr(t), y) for n, (t, y) in enumerate(zip(self.tokens, said))]
         return Table(("position", "x: reads", "y: learns to say"), rows[first:last])
 
-
-@dataclass
-class Table:
-    "Columns of text, for display."
-    head: tuple
-    rows: list
-
-    def _repr_markdown_(self):
-        cell = lambda v: str(v).replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
-        return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (self.head, ["---"] * len(self.head), *self.rows))
-
-# %% ../nbs/07_contract.ipynb #070041
+# %% ../nbs/07_contract.ipynb #070053
 @dataclass(slots=True)
 class Piece:
     "A control token, or a stretch of text that is tokenised in one go."
@@ -448,10 +477,143 @@ def pieces_of(
         if control and control.lstrip and len(out) > 1: out[-2].right = True
     return out
 
+# %% ../nbs/07_contract.ipynb #070056
+def before_answer(pieces: list) -> list:
+    "The pieces before the last answer."
+    last = max(n for n, p in enumerate(pieces) if p.trained)
+    while last and pieces[last - 1].trained: last -= 1
+    return pieces[:last]
 
+
+def last_answer(pieces: list) -> list:
+    "The same pieces with only the last answer trained."
+    asked = before_answer(pieces)
+    return [*(replace(p, trained=False) for p in asked), *pieces[len(asked):]]
+
+# %% ../nbs/07_contract.ipynb #070059
+_WORDS = re.compile(r"\[/?[A-Z_]+\]|<[^<>\s]+>|<<[^<>\s]+>>|#{2,} ?[\w ]+:")
+
+
+def control_tokens(
+    contract: Contract,
+    tokenizer,
+) -> tuple:              # (text -> `Control`, set of the texts that no turn should contain)
+    "The tokens that only the template may write."
+    known, special = added_tokens(tokenizer), {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    roles = ("system",) * (contract.system == "template") + _TALK
+    written = [v for v, _ in frame(contract.template, roles, known, special_texts(tokenizer))]
+    controls = {t: c for t, c in known.items() if t in special or c in written}
+    return controls, {*controls, *(w for v in written if isinstance(v, str) for w in _WORDS.findall(v))}
+
+# %% ../nbs/07_contract.ipynb #070061
 _COMMON = 32  # turns up to which plans are kept
 
 
+class Plans:
+    "The pieces of the samples for each order of roles, under a contract."
+
+    def __init__(
+        self,
+        contract: Contract,
+        special: dict,       # from `special_texts`
+        controls: dict,      # from `control_tokens`
+        bare,                # the `bare_tokenizer` without them
+    ):
+        self.contract, self.special, self.controls, self.bare = contract, special, controls, bare
+        self._whole, self._plans = {}, {}
+
+    def whole(self, roles: tuple) -> list:
+        "The pieces of one conversation; the roles end with the assistant's."
+        if roles in self._whole: return self._whole[roles]
+        atoms = self._plain_text() if roles == ("assistant",) else self._frame(roles)
+        pieces = pieces_of(atoms, self.contract.leading_space)
+        for p in pieces:
+            if p.ids is None and int not in map(type, p.parts): p.ids = ids_of(self.bare, p.text([]))
+        if len(roles) <= _COMMON: self._whole[roles] = pieces
+        return pieces
+
+    def __call__(self, roles: tuple) -> list:
+        "The pieces of each sample that a conversation gives."
+        if roles in self._plans: return self._plans[roles]
+        ends = [n + 1 for n, r in enumerate(roles) if r == "assistant"]
+        few = roles[:ends[min(2, len(ends) - 1)]]  # what a template does to three answers it does to more
+        start = self.whole(few)
+        still = all(start[:len(q)] == q for q in (before_answer(self.whole(few[:n])) for n in ends[:3]))
+        plan = [self.whole(roles)] if still else [last_answer(self.whole(roles[:n])) for n in ends]
+        if len(roles) <= _COMMON: self._plans[roles] = plan
+        return plan
+
+    def _frame(self, roles: tuple) -> list:
+        "The frame for these roles; an `InputError` if the template does not take them all."
+        from jinja2 import TemplateError
+        try: atoms = frame(self.contract.template, roles, self.controls, self.special)
+        except TemplateError as e:
+            raise InputError(f"the chat template refuses turns in the order {', '.join(roles)} ({e})") from None
+        turns = [v for v, _ in atoms if v.__class__ is int]
+        if sorted(turns) != list(range(len(roles))):
+            raise InputError(f"the chat template drops or repeats a turn of {', '.join(roles)}; "
+                             "let user and assistant take turns")
+        return answers_trained(atoms, roles, self.contract.mask == "marks")
+
+    def _plain_text(self) -> list:
+        "The frame of a text without a question: BOS, the text, EOS."
+        by_id = {c.id: c for c in self.controls.values()}
+        ends = [by_id[i] for i in (self.contract.bos_token_id, self.contract.eos_token_id) if i is not None]
+        space = [(" ", True)] * (self.contract.leading_space == "first" and len(ends) == 2)
+        return [*((e, False) for e in ends[:-1]), *space, (0, True), (ends[-1], True)]
+
+# %% ../nbs/07_contract.ipynb #070063
+def differing(
+    one,    # a contract, or a dict
+    other,
+) -> list:  # of names
+    "The fields in which two contracts differ, or two dicts."
+    one, other = dict(one), dict(other)
+    return [k for k in one if one[k] != other.get(k)]
+
+
+def check_tokenizer(
+    contract: Contract,
+    tokenizer,
+) -> None:
+    "Refuse a tokenizer that would encode differently from the one used in training."
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
+    if differs := differing(tokenizer_sha256(tokenizer), contract.tokenizer_sha256):
+        raise InputError(f"the tokenizer differs from the contract's in its {', '.join(differs)} "
+                         f"({len(tokenizer)} entries); use the one saved with the run, in final_adapter/")
+    ids = [contract.eos_token_id, contract.pad_token_id, *contract.stop_token_ids, contract.bos_token_id or 0]
+    if max(ids) >= len(tokenizer) or contract.eos_token_id not in contract.stop_token_ids:
+        raise InputError(f"contract.json names token {max(ids)} and the tokenizer has {len(tokenizer)}, or its EOS "
+                         "does not stop; restore the one that was trained with")
+
+
+def check_same(
+    contract: Contract,
+    other: Contract,
+    where: str,          # the file of the other
+) -> None:
+    "Refuse two contracts of one model that differ, naming the fields."
+    if differs := differing(contract, other):
+        raise InputError(f"contract.json and {where} differ in {', '.join(differs)}; "
+                         "restore the one that was trained with")
+
+# %% ../nbs/07_contract.ipynb #070066
+def turns_of(
+    contract: Contract,
+    messages: list,
+) -> tuple:              # (roles, texts)
+    "A conversation with its system turn and white space where the contract wants them."
+    if contract.system == "merge" and [m["role"] for m in messages[:2]] == ["system", "user"]:
+        messages = [{**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}, *messages[2:]]
+    if not messages or messages[-1]["role"] != "assistant":
+        raise InputError("a conversation to encode ends with the assistant's turn, and a prompt is what stands "
+                         "before one")
+    texts, trims = [m["content"] for m in messages], contract.trims
+    if trims: texts = [_TRIMS[trims.get(m["role"], "none")](t) for m, t in zip(messages, texts)]
+    return tuple(m["role"] for m in messages), texts
+
+# %% ../nbs/07_contract.ipynb #070067
 class Encoder:
     "Conversations to tokens and back, as a contract says; refuses a tokenizer that is not the contract's."
 
@@ -461,74 +623,14 @@ class Encoder:
         tokenizer,           # a fast transformers tokenizer
     ):
         check_tokenizer(contract, tokenizer)
-        ids = [i for i in (contract.bos_token_id, contract.pad_token_id, *contract.stop_token_ids, contract.eos_token_id) if i is not None]
-        if max(ids) >= len(tokenizer) or contract.eos_token_id not in contract.stop_token_ids:
-            raise InputError(f"contract.json names token {max(ids)} and the tokenizer has {len(tokenizer)}, or its EOS does not stop; "
-                             "restore the one that was trained with")
         self.contract, self.tokenizer = contract, tokenizer
-        known, special = added_tokens(tokenizer), {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        roles = ("system",) * (contract.system == "template") + _TALK
-        written = [v for v, _ in frame(contract.template, roles, known, special_texts(tokenizer)) if v.__class__ is not int]
-        used = {v.text for v in written if isinstance(v, Control)}
-        words = {w for v in written if isinstance(v, str) for w in re.findall(r"\[/?[A-Z_]+\]|<[^<>\s]+>|<<[^<>\s]+>>|#{2,} ?[\w ]+:", v)}
-        self._controls = {t: c for t, c in known.items() if t in special | used}
-        self.markers = set(self._controls) | words  # texts that no turn should contain
-        self.control_ids = {c.id for c in self._controls.values()}
-        self._bare = bare_tokenizer(tokenizer, set(self._controls))
-        self._plans, self._frames = {}, {}
-        start = next(p for p in self._pieces(("user", "assistant")) if p.trained).parts[0]
-        kept = tokenizer.decode(ids_of(self._bare, " x")) == " x"  # SentencePiece decoders take the first space off themselves
+        controls, self.markers = control_tokens(contract, tokenizer)  # markers: texts that no turn should contain
+        self.control_ids = {c.id for c in controls.values()}
+        self._bare = bare_tokenizer(tokenizer, set(controls))
+        self._plans = Plans(contract, special_texts(tokenizer), controls, self._bare)
+        start = next(p for p in self._plans.whole(("user", "assistant")) if p.trained).parts[0]
+        kept = tokenizer.decode(ids_of(self._bare, " x")) == " x"  # SentencePiece decoders take the first space off
         self.lead = start if isinstance(start, str) and kept else ""
-
-    def _pieces(self, roles: tuple) -> list:
-        "The pieces for these roles, which end with an assistant turn."
-        if roles not in self._frames:
-            c, atoms = self.contract, self._plain_text() if roles == ("assistant",) else self._frame(roles)
-            pieces = pieces_of(atoms, c.leading_space)
-            for p in pieces:
-                if p.ids is None and int not in map(type, p.parts): p.ids = ids_of(self._bare, p.text([]))
-            if len(roles) > _COMMON: return pieces
-            self._frames[roles] = pieces
-        return self._frames[roles]
-
-    def _frame(self, roles: tuple) -> list:
-        "The frame for these roles; an `InputError` if the template does not take them all."
-        from jinja2 import TemplateError
-        try: atoms = frame(self.contract.template, roles, self._controls, special_texts(self.tokenizer))
-        except TemplateError as e: raise InputError(f"the chat template refuses turns in the order {', '.join(roles)} ({e})") from None
-        turns = [v for v, _ in atoms if v.__class__ is int]
-        if sorted(turns) != list(range(len(roles))):
-            raise InputError(f"the chat template drops or repeats a turn of {', '.join(roles)}; let user and assistant take turns")
-        return answers_trained(atoms, roles, self.contract.mask == "marks")
-
-    def _plain_text(self) -> list:
-        "The frame of a text without a question: BOS, the text, EOS."
-        by_id = {c.id: c for c in self._controls.values()}
-        ends = [by_id[i] for i in (self.contract.bos_token_id, self.contract.eos_token_id) if i is not None]
-        space = [(" ", True)] * (self.contract.leading_space == "first" and len(ends) == 2)
-        return [*((e, False) for e in ends[:-1]), *space, (0, True), (ends[-1], True)]
-
-    def _plan(self, roles: tuple) -> list:
-        "The samples of a conversation: pieces, and what is trained, for each."
-        if roles in self._plans: return self._plans[roles]
-        ends = [n + 1 for n, r in enumerate(roles) if r == "assistant"]
-        few = roles[:ends[min(2, len(ends) - 1)]]  # what a template does to three answers it does to more
-        start = self._pieces(few)
-        still = all(start[:len(q)] == q for q in (_question(self._pieces(few[:n])) for n in ends[:3]))
-        plan = [self._pieces(roles)] if still else [_last_answer(self._pieces(roles[:n])) for n in ends]
-        if len(roles) <= _COMMON: self._plans[roles] = plan
-        return plan
-
-    def _turns(self, messages: list) -> tuple:
-        "(roles, texts) with the system turn and the white space where the contract wants them."
-        if self.contract.system == "merge" and [m["role"] for m in messages[:2]] == ["system", "user"]:
-            messages = [{**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}, *messages[2:]]
-        if not messages or messages[-1]["role"] != "assistant":
-            raise InputError("a conversation to encode ends with the assistant's turn, and a prompt is what stands before one")
-        trims = self.contract.trims
-        texts = [m["content"] for m in messages] if not trims else [
-            _TRIMS[trims.get(m["role"], "none")](m["content"]) for m in messages]
-        return tuple(m["role"] for m in messages), texts
 
     def samples(
         self,
@@ -537,8 +639,8 @@ class Encoder:
         "Many conversations as training samples. Never truncates: that decision belongs to the data stage."
         jobs = []
         for messages in conversations:
-            roles, texts = self._turns(messages)
-            jobs.append([[(p.ids or p.text(texts), p.trained) for p in pieces] for pieces in self._plan(roles)])
+            roles, texts = turns_of(self.contract, messages)
+            jobs.append([[(p.ids or p.text(texts), p.trained) for p in pieces] for pieces in self._plans(roles)])
         wanted = list({what for job in jobs for plan in job for what, _ in plan if what.__class__ is str})
         ids = {t: e.ids for t, e in zip(wanted, self._bare.encode_batch_fast(wanted, add_special_tokens=False))}
         return [[self._sample(plan, ids) for plan in job] for job in jobs]
@@ -564,8 +666,8 @@ class Encoder:
         messages: list,  # a conversation that ends with a user turn; empty: a plain text is to begin
     ) -> list:           # token ids
         "The ids that stand before the answer in training: what generation starts from."
-        roles, texts = self._turns([*messages, {"role": "assistant", "content": ""}])
-        pieces = _question(self._pieces(roles))
+        roles, texts = turns_of(self.contract, [*messages, {"role": "assistant", "content": ""}])
+        pieces = before_answer(self._plans.whole(roles))
         return [i for p in pieces for i in p.ids or ids_of(self._bare, p.text(texts))]
 
     def answer(
@@ -576,71 +678,19 @@ class Encoder:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.removeprefix(self.lead)
 
-    def pieces(
-        self,
-        ids: list,  # token ids; None stands for tokens left out
-    ) -> list:      # of text
-        "Each token as the text it adds to those before it."
-        said, kept = [], []
-        for i in ids:
-            if i is None: said.append(" […] "); kept = []; continue
-            before = self.tokenizer.decode(kept)
-            kept.append(i)
-            now = self.tokenizer.decode(kept)
-            said.append("" if now.endswith("\ufffd") else now[len(before.rstrip("\ufffd")):])
-            if not now.endswith("\ufffd"): kept = kept[-8:]
-        return said
-
-
-def _question(pieces: list) -> list:
-    "The pieces before the last answer."
-    last = max(n for n, p in enumerate(pieces) if p.trained)
-    while last and pieces[last - 1].trained: last -= 1
-    return pieces[:last]
-
-
-def _last_answer(pieces: list) -> list:
-    "The same pieces with only the last answer trained."
-    import dataclasses
-    asked = _question(pieces)
-    return [*(dataclasses.replace(p, trained=False) for p in asked), *pieces[len(asked):]]
-
-# %% ../nbs/07_contract.ipynb #070043
-def check_tokenizer(
-    contract: Contract,
-    tokenizer,
-) -> None:
-    "Refuse a tokenizer that would encode differently from the one used in training."
-    if not getattr(tokenizer, "is_fast", False): raise InputError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
-    now = tokenizer_sha256(tokenizer)
-    if now == contract.tokenizer_sha256: return
-    differs = [part for part in now if now[part] != contract.tokenizer_sha256.get(part)]
-    raise InputError(f"the tokenizer differs from the contract's in its {', '.join(differs)} ({len(tokenizer)} entries); "
-                     "use the one saved with the run, in final_adapter/")
-
-
-def check_same(
-    contract: Contract,
-    other: Contract,
-    where: str,          # the file of the other
-) -> None:
-    "Refuse two contracts of one model that differ, naming the fields."
-    differs = [k for k, v in contract.model_dump().items() if v != getattr(other, k)]
-    if differs: raise InputError(f"contract.json and {where} differ in {', '.join(differs)}; restore the one that was trained with")
-
-# %% ../nbs/07_contract.ipynb #070045
+# %% ../nbs/07_contract.ipynb #070069
 def _pad_of(tokenizer, eos: int) -> int:
     "A padding token that is not EOS."
     if tokenizer.pad_token_id not in (None, eos, tokenizer.eos_token_id): return tokenizer.pad_token_id
     special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    spare = [special[t] for t in ("<pad>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|placeholder1|>") if t in special]
-    if spare: return spare[0]
+    names = "<pad>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|placeholder1|>"
+    if spare := [special[t] for t in names if t in special]: return spare[0]
     if tokenizer.unk_token_id not in (None, eos, tokenizer.eos_token_id): return tokenizer.unk_token_id
     others = set(special.values()) - {eos, tokenizer.eos_token_id, tokenizer.bos_token_id}
     if others: return max(others)
     raise InputError(f"{tokenizer.name_or_path} has no token that could serve as padding; add a <pad> token to it")
 
-# %% ../nbs/07_contract.ipynb #070047
+# %% ../nbs/07_contract.ipynb #070071
 def with_contract(
     contract: Contract,
     tokenizer,
@@ -651,7 +701,7 @@ def with_contract(
     out.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
     return out
 
-# %% ../nbs/07_contract.ipynb #070048
+# %% ../nbs/07_contract.ipynb #070072
 def _as_elsewhere(contract: Contract, tokenizer) -> None:
     "Refuse a tokenizer that makes other ids of the contract's own template than training would."
     encoder = Encoder(contract, tokenizer)
@@ -660,8 +710,10 @@ def _as_elsewhere(contract: Contract, tokenizer) -> None:
             ours, theirs = encoder.prompt(asked), ids_elsewhere(tokenizer, contract.template, asked)
             if theirs == ours: continue
             n = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
-            raise InputError(f"{tokenizer.name_or_path} tokenises its chat template ({contract.template_from}) as a whole unlike its "
-                             f"parts, first at token {n} after {tokenizer.decode(ours[:n])[-30:]!r}; choose another with model.template")
+            after = tokenizer.decode(ours[:n])[-30:]
+            raise InputError(f"{tokenizer.name_or_path} tokenises its chat template ({contract.template_from}) as a "
+                             f"whole unlike its parts, first at token {n} after {after!r}; "
+                             "choose another with model.template")
 
 
 def _comes_back(contract: Contract, tokenizer) -> None:
@@ -670,12 +722,11 @@ def _comes_back(contract: Contract, tokenizer) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with_contract(contract, tokenizer).save_pretrained(folder)
         again = AutoTokenizer.from_pretrained(folder)
-    now = tokenizer_sha256(again)
-    if differs := [part for part in now if now[part] != contract.tokenizer_sha256[part]]:
-        raise InputError(f"the tokenizer of {tokenizer.name_or_path} changes its {', '.join(differs)} when it is saved and loaded; "
-                         "use a model folder with a complete tokenizer.json")
+    if differs := differing(tokenizer_sha256(again), contract.tokenizer_sha256):
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} changes its {', '.join(differs)} when it is saved "
+                         "and loaded; use a model folder with a complete tokenizer.json")
 
-# %% ../nbs/07_contract.ipynb #070049
+# %% ../nbs/07_contract.ipynb #070073
 def make_contract(
     tokenizer,          # a fast transformers tokenizer
     config: RunConfig,
@@ -697,7 +748,7 @@ def make_contract(
     _comes_back(contract, tokenizer)
     return contract
 
-# %% ../nbs/07_contract.ipynb #070069
+# %% ../nbs/07_contract.ipynb #070093
 def check_template(
     contract: Contract,
     tokenizer,
@@ -707,16 +758,16 @@ def check_template(
     want, got = plain_template(contract.template).rstrip("\n"), (tokenizer.chat_template or "").rstrip("\n")
     if got == want: return
     at = next((i for i, (a, b) in enumerate(zip(want, got)) if a != b), min(len(want), len(got)))
-    raise InputError(f"the chat template in {where} differs from contract.json's at character {at} ({got[at:at + 30]!r} there, "
-                     f"{want[at:at + 30]!r} in the contract); restore it")
+    raise InputError(f"the chat template in {where} differs from contract.json's at character {at} "
+                     f"({got[at:at + 30]!r} there, {want[at:at + 30]!r} in the contract); restore it")
 
-# %% ../nbs/07_contract.ipynb #070073
+# %% ../nbs/07_contract.ipynb #070097
 def pad_batch(
     contract: Contract,
     samples: list,        # of {"input_ids"} and perhaps "labels", and "seq_lengths" where samples are packed
     side: str = "right",  # `left` for generation
 ) -> dict:                # tensors of shape (batch, length)
-    "Samples as one padded batch: input_ids, labels if given, and attention_mask, or position_ids where samples are packed."
+    "Samples as one padded batch: input_ids, labels if given, and attention_mask, or of packed samples position_ids."
     import torch
     width = -(-max(len(s["input_ids"]) for s in samples) // 8) * 8
     def padded(values, fill):
@@ -729,7 +780,7 @@ def pad_batch(
     if "labels" in samples[0]: batch["labels"] = [padded(s["labels"], IGNORED) for s in samples]
     return {k: torch.tensor(v) for k, v in batch.items()}
 
-# %% ../nbs/07_contract.ipynb #070076
+# %% ../nbs/07_contract.ipynb #070100
 def length_batches(
     lengths: list,    # in tokens
     batch_size: int,
@@ -738,7 +789,7 @@ def length_batches(
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
-# %% ../nbs/07_contract.ipynb #070079
+# %% ../nbs/07_contract.ipynb #070103
 def pack(
     lengths: list,  # in tokens
     most: int,      # tokens in one sequence; a longer sample gets one of its own

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BOMS', 'SEQUENCE', 'ODD_IN_CP1252', 'QUOTED', 'BROKEN', 'LONGEST_LINE', 'LONGEST_RECORD', 'CREDIT', 'JSON', 'SPACE',
-           'OPENING', 'FORMATS', 'KNOWN', 'SPLIT', 'SAME_SPLIT', 'Record', 'said', 'open_bytes', 'Form', 'utf16_codec',
-           'is_cp1252', 'text_form', 'damaged', 'legible', 'undecodable', 'byte_lines', 'Dialect', 'dialect_fit',
-           'csv_dialect', 'Supply', 'width_of', 'lines_lost', 'explain_csv', 'strays', 'csv_entries', 'column_names',
-           'header_fields', 'declared_delimiter', 'csv_file', 'position', 'field_starts', 'csv_flaw', 'csv_records',
-           'TwiceError', 'kind_of', 'texts', 'json_flaw', 'object_flaw', 'line_records', 'Window', 'array_records',
-           'holds_one_list', 'json_records', 'object_record', 'parquet_records', 'saved_records', 'hub_absence',
-           'hub_refusal', 'hub_records', 'reader_of', 'is_saved', 'source_kind', 'has_report', 'prepared_folder',
-           'split_of', 'shards', 'read_records', 'value_offset', 'spot', 'described', 'describe', 'fingerprint']
+           'OPENING', 'FORMATS', 'KNOWN', 'SPLIT', 'SAME_SPLIT', 'Record', 'one_line', 'said', 'open_bytes', 'Form',
+           'utf16_codec', 'is_cp1252', 'text_form', 'damaged', 'legible', 'undecodable', 'byte_lines', 'Dialect',
+           'dialect_fit', 'csv_dialect', 'Supply', 'width_of', 'lines_lost', 'explain_csv', 'strays', 'csv_entries',
+           'column_names', 'header_fields', 'declared_delimiter', 'csv_file', 'position', 'field_starts', 'csv_flaw',
+           'csv_records', 'TwiceError', 'kind_of', 'texts', 'json_flaw', 'object_flaw', 'line_records', 'Window',
+           'window_value', 'array_records', 'holds_one_list', 'json_records', 'object_record', 'parquet_records',
+           'saved_records', 'hub_absence', 'hub_refusal', 'hub_records', 'reader_of', 'is_saved', 'source_kind',
+           'has_report', 'prepared_folder', 'split_of', 'shards', 'read_records', 'value_offset', 'spot', 'described',
+           'describe', 'fingerprint']
 
 # %% ../nbs/10_data.ipynb #100003
 import codecs, contextlib, csv, difflib, gzip, hashlib, io, json, re, shutil, tempfile, zlib
@@ -38,9 +39,14 @@ class Record:
     span: tuple | None = None   # its first byte and the one after its last, in the uncompressed file
 
 # %% ../nbs/10_data.ipynb #100010
+def one_line(text) -> str:
+    "A text, or an error's message, without line breaks."
+    return " ".join(str(text).split())
+
+
 def said(error: Exception) -> str:
-    "An error's message on one line."
-    return " ".join(str(error).split())[:300]
+    "What an error says, on one line of bounded length."
+    return one_line(error)[:300]
 
 
 @contextlib.contextmanager
@@ -535,23 +541,27 @@ class Window:
             if self.at < len(self.text): return self.text[self.at]
             if not self.grow(): return ""
 
-    def value(self):
-        "The JSON value at the position, and the offset of its end."
-        while True:
-            try: value, end = JSON.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as e:
-                near = e.msg.startswith("Unterminated") or e.pos > len(self.text) - 16  # more text may complete it
-                if not near or not self.grow(): self.refuse(e.pos, f"is not JSON ({e.msg})")
-            except (ValueError, RecursionError) as e: self.refuse(self.at, f"is not readable: {json_flaw(e)[0]}")
-            else:
-                if end < len(self.text) or not self.grow(): return value, end
-
     def refuse(self, offset: int, what: str):
+        "Refuse the file for what stands at an offset."
         self.advance(offset)
         place = f"{self.path}:{self.line}:{self.column}"
         raise InputError(f"{place} {what}; correct it, or write one object a line (.jsonl)")
 
-# %% ../nbs/10_data.ipynb #100049
+# %% ../nbs/10_data.ipynb #100051
+def window_value(
+    window: Window,
+) -> tuple:         # (the JSON value at its position, the offset of its end)
+    "Decode one value, with as much text as that takes."
+    while True:
+        try: value, end = JSON.raw_decode(window.text, window.at)
+        except json.JSONDecodeError as e:
+            near = e.msg.startswith("Unterminated") or e.pos > len(window.text) - 16  # more text may complete it
+            if not near or not window.grow(): window.refuse(e.pos, f"is not JSON ({e.msg})")
+        except (ValueError, RecursionError) as e: window.refuse(window.at, f"is not readable: {json_flaw(e)[0]}")
+        else:
+            if end < len(window.text) or not window.grow(): return value, end
+
+
 OPENING = re.compile(r'(\{\s*"(?:[^"\\]|\\.)*"\s*:\s*)?\[')
 
 
@@ -569,7 +579,7 @@ def array_records(
         window.advance(opening.end() if opening else window.at + 1)
         more = window.peek() != "]"
         while more:
-            value, end = window.value()
+            value, end = window_value(window)
             place, column, start = f"{path}:{window.line}", window.column, window.byte
             original = window.advance(end)
             check, error = ("encoding", undecodable(original, form)) if damaged(original) else object_flaw(value)
@@ -583,7 +593,7 @@ def array_records(
             window.advance(window.at + 1)
         if window.peek(): window.refuse(window.at, "has something after the array's end")
 
-
+# %% ../nbs/10_data.ipynb #100054
 def holds_one_list(path: Path, form: Form) -> bool:
     "Whether a file is one object with a list under its only key, of rows and not of one conversation's messages."
     message = lambda row: {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys()
@@ -608,7 +618,7 @@ def json_records(
                              "write an array of objects, or one object a line")
     return line_records(path, form)
 
-# %% ../nbs/10_data.ipynb #100055
+# %% ../nbs/10_data.ipynb #100059
 def object_record(
     place: str,
     row: dict,
@@ -653,7 +663,7 @@ def saved_records(
     batches = (batch.to_pylist() for batch in rows.with_format("arrow").iter(1024))
     for i, row in enumerate(row for batch in batches for row in batch): yield object_record(f"{name}[{i}]", row)
 
-# %% ../nbs/10_data.ipynb #100060
+# %% ../nbs/10_data.ipynb #100064
 @contextlib.contextmanager
 def hub_absence():  # yields why the Hub cannot be reached; empty if it can
     "While the Hub cannot be reached, `datasets` uses its cache only."
@@ -668,7 +678,7 @@ def hub_absence():  # yields why the Hub cannot be reached; empty if it can
     try: yield why
     finally: config.HF_HUB_OFFLINE = before
 
-# %% ../nbs/10_data.ipynb #100063
+# %% ../nbs/10_data.ipynb #100067
 def hub_refusal(
     name: str,               # of a data set
     error: Exception,        # what `datasets` raised
@@ -683,19 +693,20 @@ def hub_refusal(
         return InputError(f"{name} is gated; ask for access at {constants.ENDPOINT}/datasets/{name}, then set HF_TOKEN "
                           "to a token of that account")
     if isinstance(error, DatasetNotFoundError):
-        return InputError(f"{name} is neither a file here nor a data set at {constants.ENDPOINT}; check the name, or set "
-                          "HF_TOKEN if it is private")
+        return InputError(f"{name} is neither a file here nor a data set at {constants.ENDPOINT}; check the name, or "
+                          "set HF_TOKEN if it is private")
     if isinstance(error, OSError) and absent:
-        return InputError(f"{name} is neither a file here nor in the cache, and the Hub cannot be reached ({absent}); check "
-                          f"the name, or on a machine with a network run: {download}; then give the files in DIR")
+        return InputError(f"{name} is neither a file here nor in the cache, and the Hub cannot be reached ({absent}); "
+                          f"check the name, or on a machine with a network run: {download}; then give the files in DIR")
     if row is None and isinstance(error, ValueError):
         return InputError(f"the data set {name} cannot be read ({said(error)}); check data.subset and data.split")
     what = f"the data set {name}" + (f" breaks off after {row:,} rows" if row else " cannot be read")
     if isinstance(error, OSError) and not isinstance(error, DatasetsError):
-        return InputError(f"{what} ({said(error)}); check the network, HF_ENDPOINT and HF_TOKEN, and give the command again")
+        return InputError(f"{what} ({said(error)}); check the network, HF_ENDPOINT and HF_TOKEN, and give the command "
+                          "again")
     return InputError(f"{what} ({said(error)}); run: {download}; then give the files in DIR")
 
-# %% ../nbs/10_data.ipynb #100067
+# %% ../nbs/10_data.ipynb #100071
 def hub_records(
     name: str,                   # `org/name`
     subset: str | None = None,   # its configuration
@@ -716,7 +727,7 @@ def hub_records(
     if stated and i < stated.num_examples:
         raise hub_refusal(name, EOFError(f"its card states {stated.num_examples:,} in {split}"), absent, i)
 
-# %% ../nbs/10_data.ipynb #100073
+# %% ../nbs/10_data.ipynb #100077
 FORMATS = {".csv": csv_records, ".tsv": csv_records, ".json": json_records, ".jsonl": json_records,
            ".ndjson": json_records, ".parquet": parquet_records}
 KNOWN = ", ".join(FORMATS) + ", each also with .gz"
@@ -749,7 +760,7 @@ def source_kind(
     if near: fix = f"did you mean {p.parent / near[0]}?"
     raise InputError(f"there is no file {path}; {fix}")
 
-# %% ../nbs/10_data.ipynb #100076
+# %% ../nbs/10_data.ipynb #100080
 SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?:ing|uation)?(?![a-zA-Z])", re.I)
 SAME_SPLIT = dict(valid="validation", val="validation", dev="validation")
 
@@ -796,7 +807,7 @@ def shards(
         raise InputError(f"{folder} holds {', '.join(sorted(set(splits)))}, not {split}; set data.split to one of them")
     return chosen
 
-# %% ../nbs/10_data.ipynb #100079
+# %% ../nbs/10_data.ipynb #100083
 def read_records(
     path: str,                   # `pydoc`, a file, a folder, or `org/name` on the Hub
     subset: str | None = None,   # configuration of the Hub data set
@@ -812,7 +823,7 @@ def read_records(
         for record in records: yield record
     if record is None: raise InputError(f"{path} holds no rows; give a source with questions and answers")
 
-# %% ../nbs/10_data.ipynb #100084
+# %% ../nbs/10_data.ipynb #100088
 def value_offset(
     record: Record,
     name: str,       # of a column
@@ -845,7 +856,7 @@ def spot(
     file, _, line = record.place.rpartition(":")
     return f"{file}:{int(line) + below}:{column + (max(record.column, 1) - 1) * (not below)}"
 
-# %% ../nbs/10_data.ipynb #100086
+# %% ../nbs/10_data.ipynb #100090
 def described(path: Path) -> dict:
     "What one file is."
     with open_bytes(path) as f: packed = isinstance(f.raw, gzip.GzipFile)

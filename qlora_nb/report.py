@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'STYLE', 'Finding', 'Tally', 'percentiles', 'histogram', 'curve', 'stretches', 'DataReport', 'in_words',
-           'source_in_words', 'told', 'report_markdown', 'blocks', 'show', 'one_line', 'svg', 'bars_svg', 'curve_svg',
-           'table_html', 'say', 'findings_html', 'pairs_html', 'report_html', 'report_page']
+           'source_in_words', 'report_markdown', 'blocks', 'show', 'svg', 'bars_svg', 'curve_svg', 'table_html', 'say',
+           'findings_html', 'pairs_html', 'report_html', 'report_page']
 
 # %% ../nbs/13_report.ipynb #130003
 import html, itertools, re
@@ -16,7 +16,7 @@ from pathlib import Path
 # %% ../nbs/13_report.ipynb #130004
 from .checks import CHECKS
 from .contract import Encoded, IGNORED
-from .data import legible
+from .data import legible, one_line
 from .rows import listed
 
 # %% ../nbs/13_report.ipynb #130007
@@ -157,18 +157,13 @@ def source_in_words(facts: dict) -> str:
     return f"{legible(facts['path'])} ({form}): {', '.join(roles)}{unused}"
 
 
-def told(finding: Finding) -> str:
-    "A finding's examples on one line."
-    return " ".join("; ".join(finding.places).split())
-
-
 def report_markdown(report: DataReport) -> str:
     "The report as text with a table."
     say = lambda s: str(s).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
     lines = [f"**{report.status}** {in_words(report.counts)}" + " (already there, nothing done)" * report.reused, ""]
     lines += [line for s in report.sources for line in (say(source_in_words(s)), "")]
     lines += ["| check | status | count | examples |", "|---|---|---|---|"]
-    lines += [f"| {f.check} | {f.status} | {f.count:,} | {say(told(f))} |" for f in report.findings]
+    lines += [f"| {f.check} | {f.status} | {f.count:,} | {say(one_line('; '.join(f.places)))} |" for f in report.findings]
     return "\n".join([*lines, "", f"tokens a row: {in_words(report.tokens)}"])
 
 # %% ../nbs/13_report.ipynb #130020
@@ -187,7 +182,7 @@ def show(
     "The report in a terminal."
     from rich.table import Table
     from rich.text import Text
-    folders = {str(Path(s["path"]).parent) for s in report.sources} - {"."}  # a narrow column shall keep what follows them
+    folders = {str(Path(s["path"]).parent) for s in report.sources} - {"."}  # a narrow column keeps what follows them
     short = lambda place: re.sub("|".join(re.escape(f.rstrip("/") + "/") for f in folders) or "$^", "", one_line(place))
     colour = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
     console.print(Text(report.status, f"bold {colour[report.status]}"), Text(in_words(report.counts)),
@@ -204,11 +199,6 @@ def show(
     for name, bars in report.histograms.items():
         console.print(Text(f"{name:>10} {blocks(bars)} to {bars[-1][1] - 1:,} tokens"))
     console.print(Text(f"tokens a row: {in_words(report.tokens)}"))
-
-
-def one_line(text: str) -> str:
-    "A text without line breaks."
-    return " ".join(text.split())
 
 # %% ../nbs/13_report.ipynb #130023
 STYLE = """

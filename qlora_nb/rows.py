@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'LABELS', 'NESTED', 'EXCLUSIVE', 'Text', 'SPEAKERS', 'TOOLS', 'CARRIED', 'plain_name', 'listed',
-           'check_given', 'near_column', 'guess_roles', 'columns_of', 'plain_role', 'find_roles', 'stated', 'BadRow',
-           'Row', 'SingleTurn', 'role_problem', 'Turn', 'Chat', 'Plain', 'System', 'checked', 'unsupported', 'words',
+           'check_given', 'near_column', 'guess_roles', 'columns_of', 'plain_role', 'find_roles', 'BadRow', 'Row',
+           'SingleTurn', 'role_problem', 'Turn', 'Chat', 'Plain', 'System', 'checked', 'unsupported', 'words',
            'plain_turn', 'row_of', 'shape_row', 'Shaped', 'shape_rows']
 
 # %% ../nbs/11_rows.ipynb #110003
@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 # %% ../nbs/11_rows.ipynb #110004
 from .contract import messages_of
-from .data import Record, kind_of, legible
+from .data import Record, kind_of, legible, one_line
 from .vram_budget import InputError
 
 # %% ../nbs/11_rows.ipynb #110009
@@ -44,7 +44,7 @@ def plain_name(column: str) -> str:
 
 def listed(columns: list) -> str:
     "Column names on one line."
-    return legible(" ".join(", ".join(columns[:20]).split())) + " …" * (len(columns) > 20)
+    return legible(one_line(", ".join(columns[:20]))) + " …" * (len(columns) > 20)
 
 # %% ../nbs/11_rows.ipynb #110012
 EXCLUSIVE = {"messages": {"text", "instruction", "input", "output"}, "text": set(NAMES) - {"text", "group"}}
@@ -163,17 +163,6 @@ def find_roles(
     if "messages" in roles and "messages" not in given and all(_lone(v.get(roles["messages"])) for v in values):
         return {"text": roles.pop("messages")} | {r: c for r, c in roles.items() if r == "group"}
     return roles
-
-
-def stated(
-    roles: dict,     # role -> column
-    given: dict,     # role -> column, as assigned by the user
-    columns: list,
-) -> str:
-    "Roles, which of them were guessed, and what is not used, on one line."
-    told = [f"{role} = {legible(c)}" + " (guessed)" * (role not in given) for role, c in roles.items()]
-    unused = [c for c in columns if c not in roles.values()]
-    return ", ".join(told) + f"; not used: {listed(unused)}" * bool(unused)
 
 # %% ../nbs/11_rows.ipynb #110027
 class BadRow(Exception):
