@@ -325,10 +325,11 @@ def step_clock(meter):
 
 def do_training(c, config, meter, folder):
     "A few optimizer steps."
-    from qlora_nb.model import add_adapter, load_tokenizer
+    from qlora_nb.adapter import add_adapter
+    from qlora_nb.model import load_tokenizer
     from transformers import PrinterCallback
     s, rows = c.settings, random_rows(c, config["vocab_size"])
-    model = add_adapter(random_model(config, double_quant=s.get("double_quant", True)), run_config(c).train.lora)
+    model = add_adapter(random_model(config, double_quant=s.get("double_quant", True)), run_config(c).train)
     trainer = trainer_class(s.get("fused_loss", True))(
         model, arguments(c, folder, len(rows)), train_dataset=rows, processing_class=load_tokenizer("tiny"),
         callbacks=[clock := step_clock(meter)])
@@ -344,8 +345,8 @@ def do_training(c, config, meter, folder):
 
 def tuned_model(c, config):
     "Base and adapter, ready to answer."
-    from qlora_nb.model import add_adapter
-    return add_adapter(random_model(config), run_config(c).train.lora).eval()
+    from qlora_nb.adapter import add_adapter
+    return add_adapter(random_model(config), run_config(c).train).eval()
 
 
 def do_generation(c, config, meter, folder):
@@ -387,11 +388,12 @@ def do_evaluation(c, config, meter, folder):
 
 def merge_run(c, config, folder):
     "A run folder, as far as merging reads it, and its base beside it."
+    from qlora_nb.adapter import add_adapter
     from qlora_nb.contract import Encoder, make_contract
-    from qlora_nb.model import add_adapter, load_tokenizer, save_tokenizer
+    from qlora_nb.model import load_tokenizer, save_tokenizer
     run, settings, tokenizer = Run(folder / "run"), run_config(c, str(folder / "base")), load_tokenizer("tiny")
     random_model(config, quant="none", where="cpu").save_pretrained(folder / "base")
-    add_adapter(random_model(config), settings.train.lora).save_pretrained(run.adapter)
+    add_adapter(random_model(config), settings.train).save_pretrained(run.adapter)
     encoder = Encoder(make_contract(tokenizer, settings), tokenizer)
     save_tokenizer(encoder, run.adapter)
     encoder.contract.save(run.contract_file)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/18_adapter.ipynb #180004
-import torch
+import numpy as np, torch
 from torch import nn
 
 # %% ../nbs/18_adapter.ipynb #180005
@@ -29,8 +29,9 @@ def lora_targets(
     present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets = [t if t in present else FUSED.get(t, t) for t in wanted]
     if missing := sorted(set(targets) - present):
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__} - {"lm_head"})
-        raise InputError(f"this model has no {', '.join(missing)}; set train.lora.targets to some of {', '.join(linear)}")
+        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__} - {"lm_head"}
+        raise InputError(f"this model has no {', '.join(missing)}; "
+                         f"set train.lora.targets to some of {', '.join(sorted(linear))}")
     return list(dict.fromkeys(targets))
 
 # %% ../nbs/18_adapter.ipynb #180012
@@ -42,13 +43,16 @@ def peft_config(
     train: TrainSection,
 ):                        # `peft.PeftConfig`
     "The adapter that the settings ask for, in peft's words."
-    from peft import IA3Config, LoraConfig, PrefixTuningConfig
+    from peft import EvaConfig, IA3Config, LoraConfig, PrefixTuningConfig
     lora, kind = train.lora, dict(task_type="CAUSAL_LM")
     if train.method == "prefix": return PrefixTuningConfig(num_virtual_tokens=train.prefix_tokens, **kind)
     if train.method == "ia3":
-        return IA3Config(target_modules=lora_targets(model, ["k_proj", "v_proj", "down_proj"]), feedforward_modules=["down_proj"], **kind)
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_dora=lora.dora, use_rslora=lora.rslora,
-                      target_modules=lora_targets(model, lora.targets), init_lora_weights=STARTS[lora.init], **kind)
+        targets = lora_targets(model, ["k_proj", "v_proj", "down_proj"])
+        return IA3Config(target_modules=targets, feedforward_modules=["down_proj"], **kind)
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_dora=lora.dora, use_rslora=lora.rslora,
+        target_modules=lora_targets(model, lora.targets), init_lora_weights=STARTS[lora.init],
+        eva_config=EvaConfig() if lora.init == "eva" else None, **kind)
 
 
 def trained_parameters(
@@ -63,10 +67,10 @@ def keep_mask(
     shape: tuple,
     threshold: int,   # of 65536: how many 16-bit numbers mean that an element is dropped
 ) -> torch.Tensor:    # int16 on the CPU: all bits set where an element is kept, 0 where it is dropped
-    "An independent decision for each element, drawn from torch's own generator."
-    n = torch.Size(shape).numel()
-    words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None)
-    return words.view(torch.int16)[:n].ge_(threshold - 2**15).neg_().view(shape)
+    "An independent decision for each element; the seed comes from torch's own generator."
+    n, seed = torch.Size(shape).numel(), torch.empty((), dtype=torch.int64).random_().item()
+    words = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.int16))
+    return words[:n].ge_(threshold - 2**15).neg_().view(shape)
 
 
 def masked(
@@ -103,7 +107,7 @@ class WordDropout(nn.Module):
 
     def extra_repr(self): return f"p={self.p}"
 
-# %% ../nbs/18_adapter.ipynb #180025
+# %% ../nbs/18_adapter.ipynb #180026
 def cheap_dropout(
     tuned,  # a `peft.PeftModel`
 ) -> None:
@@ -112,7 +116,7 @@ def cheap_dropout(
         for name, layer in getattr(module, "lora_dropout", {}).items():
             if isinstance(layer, nn.Dropout): module.lora_dropout[name] = WordDropout(layer.p)
 
-# %% ../nbs/18_adapter.ipynb #180027
+# %% ../nbs/18_adapter.ipynb #180028
 def lora_layers(tuned) -> dict:
     "The adapted layers of a LoRA model by their name in the base."
     from peft.tuners.lora import LoraLayer
@@ -132,7 +136,7 @@ def pissa_again(
             weight.data = (weight.float() - layer.scaling["default"] * b @ a).to(weight.dtype)
     tuned.peft_config["default"].init_lora_weights = "pissa"
 
-# %% ../nbs/18_adapter.ipynb #180029
+# %% ../nbs/18_adapter.ipynb #180030
 def loftq(
     tuned,         # LoRA on an NF4 base that was loaded from a folder of safetensors
     spare: int = 16,  # directions beyond the rank that the decomposition looks at
@@ -144,7 +148,8 @@ def loftq(
     for file in sorted(Path(tuned.get_base_model().name_or_path).glob("*.safetensors")):
         with safe_open(file, "pt") as f: where |= dict.fromkeys(f.keys(), file)
     for name, layer in lora_layers(tuned).items():
-        if (key := f"{name}.weight") not in where: raise InputError(f"the model's files have no {key}; set train.lora.init=default")
+        if (key := f"{name}.weight") not in where:
+            raise InputError(f"the model's files have no {key}; set train.lora.init=default")
         with safe_open(where[key], "pt") as f: weight = f.get_tensor(key)
         base, r, scaling = layer.get_base_layer(), layer.r["default"], layer.scaling["default"]
         held = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
@@ -156,7 +161,7 @@ def loftq(
         if layer.use_dora["default"]:
             layer.lora_magnitude_vector["default"].update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=scaling)
 
-# %% ../nbs/18_adapter.ipynb #180031
+# %% ../nbs/18_adapter.ipynb #180032
 def joined(
     batches,   # of padded tensors, with labels
     tokens: int,
@@ -172,21 +177,23 @@ def joined(
         some = []
     return out
 
-# %% ../nbs/18_adapter.ipynb #180033
+# %% ../nbs/18_adapter.ipynb #180034
 def eva(
     tuned,    # LoRA with init_lora_weights="eva"
     batches,  # training batches: {"input_ids", "attention_mask", "labels"}
 ) -> None:
     "Start from the main directions of the layers' inputs at the trained tokens of some batches."
     from peft import initialize_lora_eva_weights
-    needed = 2 * tuned.peft_config["default"].r  # directions that EVA ranks; smaller batches it skips, and would wait for ever
+    needed = 2 * tuned.peft_config["default"].r  # directions that it ranks; for a batch of fewer tokens it waits for ever
     if not (enough := joined(batches, needed)):
         raise InputError(f"train.lora.init=eva needs at least {needed} trained tokens (twice train.lora.r) to look at; "
                          "lower train.lora.r, or use another train.lora.init")
-    def forward(model, inputs): model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=1, use_cache=False)
-    initialize_lora_eva_weights(tuned, enough, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False)
+    def forward(model, inputs):
+        model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=1, use_cache=False)
+    initialize_lora_eva_weights(tuned, enough, forward_fn=forward, gather_distributed_inputs=False,
+                                show_progress_bar=False)
 
-# %% ../nbs/18_adapter.ipynb #180035
+# %% ../nbs/18_adapter.ipynb #180036
 def _started(tuned, start: Path) -> None:
     "Keep an adapter as it starts; of several processes, the first writes."
     import os
@@ -214,19 +221,21 @@ def add_adapter(
     "The base with a fresh adapter, of the kind and at the start that the settings ask for."
     from peft import get_peft_model
     torch.manual_seed(seed)
-    config, computed = peft_config(model, train), train.method == "lora" and train.lora.init in ("pissa", "loftq", "eva")
-    if computed and start and (start / "adapter_model.safetensors").exists(): tuned = _again(model, config, train, start)
+    config, init = peft_config(model, train), train.lora.init if train.method == "lora" else "default"
+    computed = init in ("pissa", "loftq", "eva")
+    if computed and start and (start / "adapter_model.safetensors").exists():
+        tuned = _again(model, config, train, start)
     else:
         tuned = get_peft_model(model, config)
-        if train.lora.init == "loftq" and computed: loftq(tuned)
-        if train.lora.init == "eva" and computed: eva(tuned, batches or [])
+        if init == "loftq": loftq(tuned)
+        if init == "eva": eva(tuned, batches or [])
         if computed and start: _started(tuned, start)
     keep_dtype(tuned)
     if not train.compile: cheap_dropout(tuned)
     cast_adapter(tuned)
     return tuned
 
-# %% ../nbs/18_adapter.ipynb #180045
+# %% ../nbs/18_adapter.ipynb #180047
 def save_adapter(
     tuned,                     # a `peft.PeftModel`
     folder: Path,
@@ -236,7 +245,7 @@ def save_adapter(
     pissa = getattr(tuned.peft_config["default"], "init_lora_weights", None) == "pissa"
     tuned.save_pretrained(folder, **(dict(path_initial_model_for_weight_conversion=str(start)) if pissa else {}))
 
-# %% ../nbs/18_adapter.ipynb #180049
+# %% ../nbs/18_adapter.ipynb #180051
 def optimizer_groups(
     model,                # whose parameters are trained
     train: TrainSection,
@@ -247,17 +256,21 @@ def optimizer_groups(
     slow = [p for n, p in trained.items() if n not in fast]
     return [dict(params=slow, lr=train.lr)] + ([dict(params=list(fast.values()), lr=train.lr * ratio)] if fast else [])
 
-# %% ../nbs/18_adapter.ipynb #180052
+# %% ../nbs/18_adapter.ipynb #180054
 def unused(
     train: TrainSection,
 ) -> str | None:  # why, and what to do
     "A setting that the chosen method would ignore."
     lora, own, method = train.lora, LoraSection(), train.method
-    ignored = [name for name in ("r", "alpha", "targets", "dora", "rslora", "init", "lr_ratio") if getattr(lora, name) != getattr(own, name)]
+    names = ("r", "alpha", "targets", "dora", "rslora", "init", "lr_ratio")
+    ignored = [name for name in names if getattr(lora, name) != getattr(own, name)]
     if lora.dropout not in (0, own.dropout): ignored.append("dropout")
-    if method != "lora" and ignored: return f"train.lora.{ignored[0]} is a setting of LoRA, which train.method={method} would ignore; leave one of them out"
+    if method != "lora" and ignored:
+        return (f"train.lora.{ignored[0]} is a setting of LoRA, which train.method={method} would ignore; "
+                "leave one of them out")
     if method != "prefix" and train.prefix_tokens != TrainSection().prefix_tokens:
-        return f"train.prefix_tokens is a setting of train.method=prefix, which train.method={method} would ignore; leave one of them out"
+        return (f"train.prefix_tokens is a setting of train.method=prefix, which train.method={method} would ignore; "
+                "leave one of them out")
 
 
 def impossible_lora(
@@ -267,16 +280,17 @@ def impossible_lora(
     "A start or a variant of LoRA that its base rules out."
     lora, quant = config.train.lora, config.model.quant
     if lora.init == "pissa" and quant != "none":
-        return (f"train.lora.init=pissa takes the adapter out of the base's weights, which model.quant={quant} cannot hold exactly; "
-                "set model.quant=none, or train.lora.init=loftq")
+        return (f"train.lora.init=pissa takes the adapter out of the base's weights, which model.quant={quant} cannot "
+                "hold exactly; set model.quant=none, or train.lora.init=loftq")
     if lora.init == "pissa" and lora.dora:
-        return ("train.lora.init=pissa and train.lora.dora=true: the saved adapter would lack DoRA's magnitudes, which peft leaves "
-                "out when it writes PiSSA for the untouched base; leave one of them out")
+        return ("train.lora.init=pissa and train.lora.dora=true: the saved adapter would lack DoRA's magnitudes, which "
+                "peft leaves out when it writes PiSSA for the untouched base; leave one of them out")
     if lora.init == "loftq" and quant != "nf4":
-        return f"train.lora.init=loftq corrects what NF4 loses, and model.quant={quant}; set model.quant=nf4, or another train.lora.init"
+        return (f"train.lora.init=loftq corrects what NF4 loses, and model.quant={quant}; "
+                "set model.quant=nf4, or another train.lora.init")
     if lora.dora and quant == "int8" and where == "cpu":
-        return ("train.lora.dora=true reads the base's weights, and reading 8-bit layers on a CPU makes peft lose their scales; "
-                "set model.quant=nf4 or none")
+        return ("train.lora.dora=true reads the base's weights, and reading 8-bit layers on a CPU makes peft lose their "
+                "scales; set model.quant=nf4 or none")
 
 
 def impossible_loop(
@@ -289,11 +303,11 @@ def impossible_loop(
         return ("train.method=prefix keeps its prefix in the attention cache, which recomputing leaves out; "
                 "set train.activation_checkpointing=false")
     if train.method == "prefix" and train.packing:
-        return "train.method=prefix and train.packing=true: packed samples would attend to each other; set train.packing=false"
+        return ("train.method=prefix and train.packing=true: packed samples would attend to each other; "
+                "set train.packing=false")
     if train.activation_offloading and where != "cuda":
-        return f"train.activation_offloading=true moves activations out of a GPU's memory, and this runs on {where}; set it to false"
-    if compute == "fp16" and where == "cpu":
-        return "model.compute_dtype=fp16 needs its losses scaled, which is done on GPUs only; set model.compute_dtype=auto"
+        return ("train.activation_offloading=true moves activations out of a GPU's memory, "
+                f"and this runs on {where}; set it to false")
     if compute == "bf16" and where == "cuda" and compute_dtype() is not torch.bfloat16:
         return "model.compute_dtype=bf16 needs a GPU of the Ampere generation or later; set model.compute_dtype=auto"
 
@@ -304,5 +318,6 @@ def refuse(
 ) -> None:
     "Refuse, before anything is loaded, what cannot work or would be ignored."
     where = where or device()
-    if why := unused(config.train) or impossible_lora(config, where) or impossible_loop(config, where): raise InputError(why)
+    why = unused(config.train) or impossible_lora(config, where) or impossible_loop(config, where)
+    if why: raise InputError(why)
     attention_for(config.model.attention, compute_dtype(config.model.compute_dtype), where)

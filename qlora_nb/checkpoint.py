@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'TENSORS', 'NEEDED', 'SAVING', 'ROOM', 'GONE', 'LOCKED', 'WRITERS', 'sync_folder', 'sync_tree',
            'write_manifest', 'tensors_only', 'damage', 'checkpoints', 'step_of', 'set_aside', 'last_checkpoint',
-           'rotate', 'of_the_disk', 'objection', 'disk_failure', 'quiet_threads', 'OrderOfEpoch', 'tell_epoch',
-           'load_adapter', 'Together', 'Saving', 'Resuming', 'ResumableTrainer']
+           'rotate', 'of_the_disk', 'objection', 'disk_failure', 'quiet_threads', 'tell_epoch', 'load_adapter',
+           'Together', 'Saving', 'Resuming', 'ResumableTrainer']
 
 # %% ../nbs/17_checkpoint.ipynb #170003
 import contextlib, errno, json, os, re, shutil, threading
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
+from transformers.trainer_pt_utils import safe_globals
 from trl import SFTTrainer
 
 # %% ../nbs/17_checkpoint.ipynb #170005
@@ -205,17 +205,6 @@ def quiet_threads():
     finally: threading.excepthook = before
 
 # %% ../nbs/17_checkpoint.ipynb #170031
-class OrderOfEpoch(torch.utils.data.Sampler):
-    "A `LengthGroupedSampler` whose order depends on seed and epoch and nothing else."
-    def __init__(self, sampler: LengthGroupedSampler, seed: int):
-        self.sampler, self.seed = sampler, seed
-        self.set_epoch(0)
-
-    def __len__(self): return len(self.sampler)
-    def __iter__(self): return iter(self.sampler)
-    def set_epoch(self, epoch: int): self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
-
-
 def tell_epoch(
     loader,      # a DataLoader
     epoch: int,
@@ -300,10 +289,10 @@ class Saving(Together):
         self._save_rng_state(str(written))
 
     def _finish(self, written):
-        if not self.args.should_save: return
-        for name in ("training_args.bin", "README.md"): (written / name).unlink(missing_ok=True)
         folder, best = written.parent.parent, f"checkpoint-{self.state.best_global_step}"
         if best == written.name or (folder / best).exists(): self.state.best_model_checkpoint = str(folder / best)
+        if not self.args.should_save: return
+        for name in ("training_args.bin", "README.md"): (written / name).unlink(missing_ok=True)
         stateful = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
         self.state.stateful_callbacks = {type(c).__name__: c.state() for c in stateful}
         self.state.save_to_json(str(written / "trainer_state.json"))
@@ -345,11 +334,6 @@ class Resuming(Together):
         stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stopping)
         if stopped or self.state.global_step >= self.state.max_steps: self.control.should_training_stop = True
         else: tell_epoch(kw["train_dataloader"], kw["epoch"]); super()._run_epoch(*args, **kw)
-
-    def _get_train_sampler(self, *args, **kw):
-        sampler = super()._get_train_sampler(*args, **kw)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return OrderOfEpoch(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or not isinstance(self.model, PeftModel):

@@ -51,8 +51,10 @@ def complain(
 ) -> int:  # exit code
     "One line on stderr for an error."
     from qlora_nb.config import RunFailed
-    first = os.environ.get("RANK", "0") == "0"
-    line = lambda text: first and print("qlora: " + " ".join(str(text).split()), file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and isinstance(error, (InputError, RunFailed)): return 1  # the first process says it
+    who = "qlora: " if rank == "0" else f"qlora: process {rank}: "
+    line = lambda text: print(who + " ".join(str(text).split()), file=sys.stderr)
     if isinstance(error, InputError): line(error); return 2
     if isinstance(error, RunFailed): line(error); return 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -281,15 +283,13 @@ def launch(
     processes: int,
     arguments: list,  # of `qlora`, from the command's name on
 ) -> int:             # exit code
-    "Run a command in several processes through accelerate; stderr is kept to our own lines unless something else went wrong."
-    import psutil, re, signal, socket, subprocess
-    from qlora_nb.config import has_cuda
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    where = ["--multi_gpu"] if has_cuda() else ["--cpu", "--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // processes))]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *where, "--num_processes", str(processes), "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-               "--no_python", str(Path(sys.executable).with_name("qlora")), *map(str, arguments)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    "Run a command in several processes by torchrun; stderr is kept to our own lines unless something else went wrong."
+    import psutil, re, signal, subprocess
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    env = {"OMP_NUM_THREADS": threads, **os.environ}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               "--no-python", "--", str(Path(sys.executable).with_name("qlora")), *map(str, arguments)]
+    child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     def stop(*_):
         for process in psutil.Process(child.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess): process.send_signal(signal.SIGTERM)
@@ -298,7 +298,8 @@ def launch(
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
     code, ours = child.wait(), [line for line in said if line.startswith("qlora: ")]
-    if code: sys.stderr.writelines(ours or said[-30:])
+    first = [line for line in ours if not line.startswith("qlora: process")]
+    if code: sys.stderr.writelines(first or ours or said[-30:])
     found = re.search(r"exitcode\s*:\s*(\d+)", "".join(said))
     return int(found[1]) if code and found else code
 
@@ -324,7 +325,7 @@ def train(
         places = [a for flag, path in (("--run", run), ("--config", config)) if path for a in (flag, path)]
         raise typer.Exit(launch(nproc, ["train", *(overrides or []), *places, *flags]))
     from qlora_nb.config import start_run
-    from qlora_nb.plan import choose, guard, is_first, main_first, plan
+    from qlora_nb.plan import choose, guard, is_first, leave_together, main_first, plan
     from qlora_nb.train import fit, make_data
     settings = _composed(overrides, config)
     say = print if is_first() and not as_json else (lambda *_: None)
@@ -340,6 +341,7 @@ def train(
     if not folder.trained: guard(folder, settings, b, force, say)
     with leaves_on_interrupt(): summary = fit(folder, settings, quiet=as_json)
     if as_json and is_first(): print(json.dumps(summary, indent=2))
+    leave_together()
 
 
 def _show_plan(folder, settings, b, as_json) -> None:

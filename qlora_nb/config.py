@@ -17,7 +17,7 @@ from typing import Literal
 
 # %% ../nbs/05_config.ipynb #050004
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% ../nbs/05_config.ipynb #050005
 import qlora_nb
@@ -128,6 +128,10 @@ class DataSection(Section):
     too_long: Literal["drop", "split", "truncate"] = "drop"        # what becomes of longer rows
     near_duplicates: Literal["keep", "drop", "off"] = "keep"       # keep them on one side of the split, or one of each
     strict: bool = False                         # a warning about the data stops the run
+
+    @field_validator("near_duplicates", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value): return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="after")
     def _some_source(self):

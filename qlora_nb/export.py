@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PARITY_ROWS', 'load_16bit', 'merged_model', 'write_model', 'load_merged', 'answer_logprobs', 'compare_row', 'parity',
-           'shown_name', 'settings_table', 'model_card', 'check_target', 'held_out', 'merge']
+           'shown_name', 'settings_table', 'model_card', 'check_target', 'check_mergeable', 'held_out', 'merge']
 
 # %% ../nbs/45_export.ipynb #450003
 from pathlib import Path
 
 import yaml
 
-from .config import Run, RunConfig, flatten, read_jsonl, whole_file, whole_folder, write_json
+from .config import Run, RunConfig, flatten, read_json, read_jsonl, whole_file, whole_folder, write_json
 from .contract import IGNORED, Contract, Encoded, Encoder, messages_of
 from .model import Loaded, fetch, load_base, load_encoder, load_run, save_tokenizer
 from .vram_budget import InputError
@@ -167,6 +167,13 @@ def check_target(
         raise InputError(f"{out} is not a merged model, so --overwrite leaves it alone; choose another --out")
 
 
+def check_mergeable(run: Run) -> None:
+    "Refuse an adapter that is no change of weights."
+    kind = read_json(run.adapter / "adapter_config.json")["peft_type"] if run.adapter.exists() else None
+    if kind == "PREFIX_TUNING":
+        raise InputError(f"{run.path} learned a prefix, which changes no weights and cannot be merged; serve it with: qlora serve {run.path}")
+
+
 def held_out(run: Run) -> list:
     "The first held-out rows of a run."
     file = run.data / "eval.jsonl"
@@ -183,6 +190,7 @@ def merge(
     "Merge a run's adapter into its 16-bit base, as a folder that stands alone and says what merging changed."
     out = Path(out)
     check_target(out, overwrite)
+    check_mergeable(run)
     tuned, rows = load_run(run), held_out(run) if rows is None else rows
     with whole_folder(out) as part:
         write_model(merged_model(run, tuned.contract), tuned.encoder, part)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WANTED', 'EXACT', 'device', 'device_name', 'home', 'compute_dtype', 'no_flash', 'attention_for', 'fetch', 'shape_of',
            'tokenizer_in', 'load_tokenizer', 'comes_as', 'check_quant', 'quantisation', 'load_base', 'recompute_in',
-           'keep_autograd', 'adapter_dtype', 'cast_adapter', 'lora_targets', 'add_adapter', 'Loaded', 'load_plain',
-           'save_tokenizer', 'load_encoder', 'keep_dtype', 'saved_in_fp32', 'load_run']
+           'keep_autograd', 'adapter_dtype', 'cast_adapter', 'Loaded', 'load_plain', 'save_tokenizer', 'load_encoder',
+           'keep_dtype', 'saved_in_fp32', 'load_run']
 
 # %% ../nbs/16_model.ipynb #160003
 import contextlib, os, shutil, sys
@@ -15,9 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 # %% ../nbs/16_model.ipynb #160004
-from .config import ASSETS, LoraSection, ModelSection, Run
+from .config import ASSETS, ModelSection, Run
 from .contract import Contract, Encoder, check_same, check_template, with_contract
-from .vram_budget import FUSED, InputError, ModelShape, load_shape
+from .vram_budget import InputError, ModelShape, load_shape
 
 # %% ../nbs/16_model.ipynb #160007
 def device() -> str:
@@ -78,11 +78,12 @@ def attention_for(
     if setting == "flash_attention_2" and flash:
         raise InputError(f"model.attention=flash_attention_2 cannot run here: {flash}; or leave model.attention=auto")
     sdpa = getattr(model_class, "_supports_sdpa", True)
-    if setting == "sdpa" and not sdpa: raise InputError("model.attention=sdpa: this model's code has none; set model.attention=auto")
+    if setting == "sdpa" and not sdpa:
+        raise InputError("model.attention=sdpa: this model's code has none; set model.attention=auto")
     if setting != "auto": return setting
     return "flash_attention_2" if not flash else "sdpa" if sdpa else "eager"
 
-# %% ../nbs/16_model.ipynb #160017
+# %% ../nbs/16_model.ipynb #160018
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*")
 
 
@@ -104,7 +105,7 @@ def fetch(
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(wanted), local_files_only=True))
     return _download(path, revision, wanted)
 
-# %% ../nbs/16_model.ipynb #160019
+# %% ../nbs/16_model.ipynb #160020
 def _download(path: str, revision: str | None, wanted: tuple) -> Path:
     "Download a model from the Hub after a look at its size; every way to fail is one line."
     import httpx2
@@ -133,7 +134,7 @@ def _download(path: str, revision: str | None, wanted: tuple) -> Path:
         raise InputError(f"{path} could not be fetched from {constants.ENDPOINT} ({type(e).__name__}); run again to go on "
                          f"where it stopped, or {elsewhere}") from None
 
-# %% ../nbs/16_model.ipynb #160022
+# %% ../nbs/16_model.ipynb #160023
 def shape_of(
     path: str,                     # a catalogue name, a folder or a Hub id
     revision: str | None = None,
@@ -143,14 +144,15 @@ def shape_of(
     try: return load_shape(path)  # the catalogue knows some Hub ids
     except InputError: return load_shape(str(fetch(path, revision, ("config.json",))))
 
-# %% ../nbs/16_model.ipynb #160025
+# %% ../nbs/16_model.ipynb #160026
 def tokenizer_in(
     folder: Path,  # that holds tokenizer.json
 ):                 # a fast transformers tokenizer
     "The tokenizer of a local folder."
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.is_fast: raise InputError(f"{folder} has no tokenizer.json; convert its tokenizer to the fast format first")
+    if not tokenizer.is_fast:
+        raise InputError(f"{folder} has no tokenizer.json; convert its tokenizer to the fast format first")
     return tokenizer
 
 
@@ -161,7 +163,7 @@ def load_tokenizer(
     "The tokenizer of a model."
     return tokenizer_in(fetch(path, revision))
 
-# %% ../nbs/16_model.ipynb #160027
+# %% ../nbs/16_model.ipynb #160028
 def comes_as(
     config,        # of transformers, from a model's config.json
 ) -> str | None:   # `nf4`, `int8` or another method's name; None: not quantised
@@ -181,9 +183,10 @@ def check_quant(
     "Refuse a base whose files are quantised in another way than the settings say."
     if own in (None, quant): return
     if own in ("nf4", "int8"): raise InputError(f"{path} comes quantised to {own}; set model.quant={own}")
-    raise InputError(f"{path} comes quantised by {own}; bases in NF4, int8 and 16 bits are trained here, so give the model it was made from")
+    raise InputError(f"{path} comes quantised by {own}; bases in NF4, int8 and 16 bits are trained here, "
+                     "so give the model it was made from")
 
-# %% ../nbs/16_model.ipynb #160030
+# %% ../nbs/16_model.ipynb #160031
 def quantisation(
     quant: str,          # nf4, int8 or none
     double_quant: bool,  # quantise the quantisation constants too
@@ -192,8 +195,10 @@ def quantisation(
     "A setting in transformers' words."
     from transformers import BitsAndBytesConfig
     if quant == "none": return {}
-    return dict(quantization_config=BitsAndBytesConfig(load_in_8bit=True) if quant == "int8" else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype))
+    if quant == "int8": return dict(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    return dict(quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype))
 
 
 def load_base(
@@ -214,7 +219,8 @@ def load_base(
     folder, dtype = fetch(path, revision), compute_dtype(compute)
     try: config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError) as e:
-        raise InputError(f"{path}/config.json is not a model that transformers knows ({str(e).splitlines()[0]})") from None
+        raise InputError(f"{path}/config.json is not a model that transformers knows "
+                         f"({str(e).splitlines()[0]})") from None
     check_quant(path, quant, own := comes_as(config))
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     try:
@@ -222,12 +228,14 @@ def load_base(
             folder, dtype=dtype, device_map={"": where or home()}, local_files_only=True,
             attn_implementation=attention_for(attention, dtype, where, known),
             **({} if own else quantisation(quant, double_quant, dtype)))
-    except OSError as e: raise InputError(f"{path} could not be loaded ({str(e).splitlines()[0]}); check that its weights are complete") from None
+    except OSError as e:
+        raise InputError(f"{path} could not be loaded ({str(e).splitlines()[0]}); "
+                         "check that its weights are complete") from None
     if own: recompute_in(model, dtype)
     keep_autograd(model)
     return model.eval()
 
-# %% ../nbs/16_model.ipynb #160032
+# %% ../nbs/16_model.ipynb #160033
 def recompute_in(
     model,  # loaded from quantised files
     dtype,  # `torch.dtype` of the forward pass
@@ -238,7 +246,7 @@ def recompute_in(
     for p in model.parameters():
         if p.is_floating_point(): p.data = p.data.to(dtype)
 
-# %% ../nbs/16_model.ipynb #160034
+# %% ../nbs/16_model.ipynb #160035
 def keep_autograd(
     model,  # any model, with or without 4-bit layers
 ) -> None:
@@ -247,7 +255,7 @@ def keep_autograd(
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit): module.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/16_model.ipynb #160045
+# %% ../nbs/16_model.ipynb #160046
 def adapter_dtype(compute):
     "The precision in which LoRA's matrices are trained, given the forward pass's."
     import torch
@@ -268,35 +276,6 @@ def cast_adapter(
     for name, p in tuned.named_parameters():
         if any(part in name for part in EXACT): p.data = p.data.float()
         elif "lora_" in name: p.data = p.data.to(dtype)
-
-# %% ../nbs/16_model.ipynb #160049
-def lora_targets(
-    model,
-    wanted: list,  # projection names of unfused families
-) -> list:         # names that exist in this model
-    "The target modules of this model for the wanted projections."
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets = [t if t in present else FUSED.get(t, t) for t in wanted]
-    if missing := sorted(set(targets) - present):
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__} - {"lm_head"})
-        raise InputError(f"this model has no {', '.join(missing)}; set train.lora.targets to some of {', '.join(linear)}")
-    return list(dict.fromkeys(targets))
-
-
-def add_adapter(
-    model,               # as `load_base` returns it
-    lora: LoraSection,
-    seed: int = 42,
-):                       # a `peft.PeftModel`; only its adapter can learn
-    "The base with a fresh LoRA adapter."
-    import torch
-    from peft import LoraConfig, get_peft_model
-    torch.manual_seed(seed)
-    tuned = get_peft_model(model, LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora_targets(model, lora.targets),
-        task_type="CAUSAL_LM"))
-    cast_adapter(tuned)
-    return tuned
 
 # %% ../nbs/16_model.ipynb #160051
 @dataclass
@@ -341,7 +320,8 @@ def load_encoder(
     except InputError: raise
     except Exception as e:  # of many kinds, as the files may be damaged in many ways
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
-        raise InputError(f"the tokenizer in {folder} cannot be read ({why}); restore its files, or train again in a new folder") from None
+        raise InputError(f"the tokenizer in {folder} cannot be read ({why}); restore its files, "
+                         "or train again in a new folder") from None
     check_same(contract or own, own, f"{Path(folder).name}/contract.json")
     check_template(own, tokenizer, Path(folder).name)
     return Encoder(own, tokenizer)

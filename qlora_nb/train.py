@@ -77,6 +77,7 @@ def trainer_arguments(
         lr_scheduler_type=t.scheduler, warmup_steps=round(t.warmup_ratio * steps), max_grad_norm=t.max_grad_norm,
         per_device_train_batch_size=t.micro_batch, per_device_eval_batch_size=2 * t.micro_batch,
         gradient_accumulation_steps=t.grad_accum, optim=t.optimizer, weight_decay=0.0, neftune_noise_alpha=t.neftune_alpha,
+        torch_compile=t.compile,
         activation_checkpointing=t.activation_checkpointing, activation_checkpointing_kwargs={"use_reentrant": False},
         activation_offloading=t.activation_offloading,
         bf16=compute is torch.bfloat16, fp16=compute is torch.float16 and device() == "cuda", use_cpu=device() == "cpu",
@@ -184,6 +185,7 @@ def fit(
 ) -> dict:                # what happened; also in train.json
     "Train to the end, from the beginning or from the last whole checkpoint, and save the best adapter."
     import bitsandbytes, datasets, peft  # noqa: F401 -- before the meter starts: libraries are not the run's memory
+    from qlora_nb.checkpoint import disk_failure, of_the_disk
     from qlora_nb.display import display_for
     from qlora_nb.monitor import MemoryMeter
     display = display_for("none" if quiet or not is_first() else "auto")
@@ -197,7 +199,11 @@ def fit(
     finally: display.close()
     if trainer.stopped: raise KeyboardInterrupt
     summary = summarise(run, config, trainer, meter, time.monotonic() - start)
-    if is_first(): finish(run, trainer, meter, summary)
+    try:
+        if is_first(): finish(run, trainer, meter, summary)
+    except Exception as e:
+        if not of_the_disk(e): raise
+        raise disk_failure(run.checkpoints, e, f"{run.adapter} could not be written") from e
     display.say(f"trained {summary['steps']} steps; {summary['ended']}; adapter in {run.adapter}")
     return summary
 

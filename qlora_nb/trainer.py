@@ -17,7 +17,8 @@ import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.utils import ModelOutput
 from .adapter import optimizer_groups
-from .checkpoint import ResumableTrainer, last_checkpoint
+from .calibrate import release_freed
+from .checkpoint import ResumableTrainer
 from .config import RunFailed
 from .contract import length_batches
 from .model import cast_adapter
@@ -105,7 +106,8 @@ def can_score_answers(model) -> bool:
         "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"))
 
 # %% ../nbs/19_trainer.ipynb #190016
-WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory",
+         "could not create a primitive", "could not create a memory")  # the last two are oneDNN's, on a CPU
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -118,6 +120,7 @@ def forget() -> None:
     "Give back what no one refers to any more."
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
+    else: release_freed()
 
 # %% ../nbs/19_trainer.ipynb #190019
 class LossWatch:
@@ -264,7 +267,7 @@ class Trainer(CountingTrainer):
         loss, stopped = self.accelerator.gather(here[None]).mean(0).tolist()
         self._losses.clear()
         if wrong := self.watch.wrong(loss, grad_norm, self.args.fp16): raise RunFailed(diagnosis(
-            wrong, self.state.global_step, self._get_learning_rate(), grad_norm, last_checkpoint(self.args.output_dir)))
+            wrong, self.state.global_step, self._get_learning_rate(), grad_norm, self.last_checkpoint()))
         if stopped: self.stopped = self.control.should_save = self.control.should_training_stop = True
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

@@ -15,14 +15,13 @@ from conftest import SHORT, qlora
 
 SECRETS = {"HF_TOKEN": "hf_canary5f1c9e77aa", "WANDB_API_KEY": "wandbcanary5f1c9e77", "QLORA_API_KEY": "qloracanary5f1c9e77"}
 EXPECTED = {
-    "budget.json", "config.yaml", "contract.json", "metrics.jsonl", "train.ipynb", "train.json",
+    "budget.json", "config.yaml", "contract.json", "environment.json", "metrics.jsonl", "samples.jsonl", "train.ipynb", "train.json",
     *(f"data/{n}" for n in ("train.jsonl", "eval.jsonl", "train.arrow", "eval.arrow", "rejected.jsonl", "report.json", "report.html")),
     *(f"final_adapter/{n}" for n in ("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
                                      "contract.json", "tokenizer.json", "tokenizer_config.json")),
     *(f"eval/{n}" for n in ("answers.jsonl", "report.json", "report.md", "report.png"))}
-CHECKPOINT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "optimizer.pt",
-              "rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
-              "training_args.bin"}
+CHECKPOINT = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "optimizer.pt",
+              "manifest.json", "rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_leaves_exactly_these_files(demo):
 
 def test_says_what_it_did(demo):
     shown = demo[0].stdout
-    for word in ("eval loss", "perplexity of the answers", "ROUGE-L", "stop rate", "training tokens/s",
+    for word in ("eval loss", "perplexity of the answers", "ROUGE-L", "stop rate", "answer tokens/s",
                  "memory peak predicted", "prediction over measurement", "> What does os.path.join do?", "report.md", "qlora infer runs/demo"):
         assert word in shown, word
 

@@ -25,9 +25,10 @@ def test_tensors_of_a_real_shape_are_predicted_within_5_percent(tmp_path, kind):
 
 def test_a_training_step_moves_the_adapter_and_nothing_else():
     import torch
-    from qlora_nb.config import LoraSection
-    from qlora_nb.model import add_adapter, load_base
-    model = add_adapter(load_base("tiny"), LoraSection()).train()
+    from qlora_nb.adapter import add_adapter
+    from qlora_nb.config import TrainSection
+    from qlora_nb.model import load_base
+    model = add_adapter(load_base("tiny"), TrainSection()).train()
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]

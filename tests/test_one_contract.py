@@ -8,12 +8,14 @@ from fastapi.testclient import TestClient
 from qlora_nb.config import compose, start_run
 from qlora_nb.contract import messages_of
 from qlora_nb.evaluation import answer_losses
+from qlora_nb.display import display_for
 from qlora_nb.export import load_merged, merge
 from qlora_nb.model import load_run
 from qlora_nb.monitor import MemoryMeter
+from qlora_nb.plan import choose, plan
 from qlora_nb.prepare import load_rows
 from qlora_nb.serve import Engine, make_app
-from qlora_nb.train import choose, fit, make_data, make_trainer, plan
+from qlora_nb.train import fit, make_data, make_trainer
 from transformers import AutoTokenizer
 
 TALKS = [[dict(role="system", content="Be brief."), dict(role="user", content=f" What is {n}? 😀"),
@@ -36,13 +38,13 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contract")
     (folder / "talks.jsonl").write_text("".join(json.dumps(dict(messages=t)) + "\n" for t in TALKS))
     config = compose(["model=tiny", f"data.path={folder / 'talks.jsonl'}", "train.max_steps=4", "train.micro_batch=4",
-                      "train.eval_steps=2", "train.save_steps=2"])
+                      "train.eval_steps=2", "train.save_steps=2", "train.samples=0"])
     run = start_run(folder / "run", config)
     make_data(run, config)
     plan(run, config)
-    with MemoryMeter() as meter: trainer = make_trainer(run, choose(run, config), meter, say=lambda line: None)
+    with MemoryMeter() as meter: trainer = make_trainer(run, choose(run, config), meter, display_for("none"))
     with seen_by(trainer.model) as rows: trainer.evaluate()
-    fit(run, config, say=lambda line: None)
+    fit(run, config, quiet=True)
     return run, rows
 
 

@@ -32,7 +32,8 @@ def trainer_for(folder, order="random", dtype="float32", kind=None, **settings):
     rows = [torch.randint(10, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     data = Dataset.from_list([dict(input_ids=r, labels=r, length=len(r)) for r in rows])
     arguments = dict(max_steps=15, save_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-                     max_length=None, learning_rate=1e-3, train_sampling_strategy=order, report_to="none", disable_tqdm=True, bf16=False,
+                     max_length=None, learning_rate=1e-3,
+                     train_sampling_strategy=order, report_to="none", disable_tqdm=True, bf16=False,
                      use_cpu=True, activation_checkpointing=False, seed=42, data_seed=42, logging_steps=5,
                      optim="paged_adamw_32bit", restore_callback_states_from_checkpoint=True)
     return (kind or ResumableTrainer)(model, SFTConfig(output_dir=str(folder), **arguments | settings),
