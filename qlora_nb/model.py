@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'EXACT', 'device', 'device_name', 'home', 'compute_dtype', 'no_flash', 'attention_for', 'fetch', 'shape_of',
-           'tokenizer_in', 'load_tokenizer', 'comes_as', 'check_quant', 'quantisation', 'load_base', 'recompute_in',
-           'keep_autograd', 'adapter_dtype', 'cast_adapter', 'Loaded', 'load_plain', 'save_tokenizer', 'load_encoder',
-           'keep_dtype', 'saved_in_fp32', 'load_run']
+           'tokenizer_in', 'load_tokenizer', 'comes_as', 'check_quant', 'sharded', 'quantisation', 'load_base',
+           'recompute_in', 'keep_autograd', 'adapter_dtype', 'cast_adapter', 'Loaded', 'load_plain', 'save_tokenizer',
+           'load_encoder', 'keep_dtype', 'saved_in_fp32', 'load_run']
 
 # %% ../nbs/16_model.ipynb #160003
 import contextlib, os, shutil, sys
@@ -187,6 +187,11 @@ def check_quant(
                      "so give the model it was made from")
 
 # %% ../nbs/16_model.ipynb #160031
+def sharded() -> bool:
+    "Whether FSDP will share the weights out among processes: it moves 16-bit numbers only, and places them itself."
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def quantisation(
     quant: str,          # nf4, int8 or none
     double_quant: bool,  # quantise the quantisation constants too
@@ -198,7 +203,7 @@ def quantisation(
     if quant == "int8": return dict(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     return dict(quantization_config=BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype))
+        bnb_4bit_compute_dtype=dtype, **(dict(bnb_4bit_quant_storage=dtype) if sharded() else {})))
 
 
 def load_base(
@@ -225,7 +230,7 @@ def load_base(
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": where or home()}, local_files_only=True,
+            folder, dtype=dtype, device_map=None if sharded() else {"": where or home()}, local_files_only=True,
             attn_implementation=attention_for(attention, dtype, where, known),
             **({} if own else quantisation(quant, double_quant, dtype)))
     except OSError as e:

@@ -14,7 +14,7 @@ import contextlib, os, sys
 from .adapter import refuse
 from .calibrate import free_bytes, overhead_for
 from .config import Run, RunConfig, flatten, read_json, write_json
-from .model import adapter_dtype, attention_for, compute_dtype, device, device_name, shape_of
+from .model import adapter_dtype, attention_for, compute_dtype, device, device_name, shape_of, sharded
 from .vram_budget import Budget, InputError, Settings, predict
 
 # %% ../nbs/19_plan.ipynb #190007
@@ -155,6 +155,8 @@ def plan(
 ) -> Budget:
     "Predict the training peak and write it to budget.json with what was chosen; what cannot work at all is refused."
     refuse(config)
+    if sharded() and device() == "cpu":
+        raise InputError("FSDP shares a model out among GPUs and there is none here; train with: qlora train --nproc 2")
     config = choose(run, config, longest)
     budget = predicted(config, longest)
     old = read_json(run.budget_file) if run.budget_file.exists() else {}

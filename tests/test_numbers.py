@@ -98,3 +98,16 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path):
     assert chosen["micro_batch"] < 16 and chosen["micro_batch"] * chosen["grad_accum"] == 16
     assert json.loads((folder / "train.json").read_text())["steps"] == 4
     assert load_file(folder / "final_adapter" / "adapter_model.safetensors")
+
+
+def test_fsdp_on_a_cpu_is_refused(tmp_path):
+    done = qlora("train", "--run", tmp_path / "run", *EXACT, env={"ACCELERATE_USE_FSDP": "true"})
+    assert done.returncode == 2 and "FSDP shares a model out among GPUs" in done.stderr
+
+
+def test_a_loss_that_explodes_ends_the_run_in_one_line(tmp_path):
+    settings = ["train.lr=1", "train.scheduler=constant", "train.max_steps=40", "train.eval_steps=100", "train.save_steps=100"]
+    done = qlora("train", "--run", tmp_path / "run", *EXACT, *settings)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("qlora: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "the loss" in lines[0] and "Try, in another folder, train.lr=" in lines[0]
+    assert not (tmp_path / "run" / "final_adapter").exists()
