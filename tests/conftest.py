@@ -9,7 +9,7 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
                   QLORA_CACHE=tempfile.mkdtemp(prefix="qlora-cache-"))
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["train.max_steps=8", "train.eval_steps=4", "train.save_steps=4", "train.log_steps=2", "train.micro_batch=8",
+SHORT = ["train.max_steps=8", "train.eval_steps=4", "train.save_steps=4", "train.log_steps=2", "train.effective_batch=8",
          "data.eval_fraction=0.02", "eval.rows=8", "eval.max_new_tokens=24"]
 
 

@@ -95,7 +95,7 @@ def test_the_budget_needs_the_standard_library_only():
 
 
 def test_what_the_guard_suggests_works_in_the_same_folder(tmp_path):
-    command = ["train", "--run", tmp_path / "run", "model=tiny", "data=pydoc", *SHORT, "train.micro_batch=16", "gpu.vram_gb=0.3"]
+    command = ["train", "--run", tmp_path / "run", "model=tiny", "data=pydoc", *SHORT, "train.effective_batch=16", "gpu.vram_gb=0.3"]
     refused = qlora(*command)
     assert refused.returncode == 2 and "these fit: " in refused.stderr, refused.stderr
     suggested = refused.stderr.split("these fit: ")[1].split(";")[0].split()

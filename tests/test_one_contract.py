@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     "A short training, and what its model saw."
     folder = tmp_path_factory.mktemp("contract")
     (folder / "talks.jsonl").write_text("".join(json.dumps(dict(messages=t)) + "\n" for t in TALKS))
-    config = compose(["model=tiny", f"data.path={folder / 'talks.jsonl'}", "train.max_steps=4", "train.micro_batch=4",
+    config = compose(["model=tiny", f"data.path={folder / 'talks.jsonl'}", "train.max_steps=4", "train.effective_batch=4",
                       "train.eval_steps=2", "train.save_steps=2", "train.samples=0"])
     run = start_run(folder / "run", config)
     make_data(run, config)

@@ -1,7 +1,9 @@
 "The training notebook as a batch job: papermill from the shell, with parameters of one's own."
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from conftest import ROOT
@@ -17,7 +19,7 @@ def papermill(out, *args, cwd):
 def test_own_data_and_settings(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     (tmp_path / "my.yaml").write_text("model: tiny\ndata: {path: rows.jsonl, max_length: 64}\n"
-                                      "train: {max_steps: 4, micro_batch: 4, eval_steps: 2, save_steps: 2, log_steps: 1}\n")
+                                      "train: {max_steps: 4, effective_batch: 4, eval_steps: 2, save_steps: 2, log_steps: 1}\n")
     done = papermill("out.ipynb", "-p", "run_dir", "run", "-p", "config", "my.yaml", "-y", "overrides: [train.lora.r=4]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "run"
@@ -34,3 +36,20 @@ def test_failure_is_in_the_notebook(tmp_path):
     assert done.returncode != 0
     assert "there is no file nothing.csv" in (tmp_path / "out.ipynb").read_text()
     assert not Path(tmp_path, "run", "config.yaml").exists()
+
+
+def test_ctrl_c_in_the_pipeline_saves_first(tmp_path):
+    "`qlora run` trains in a notebook's kernel: the signal has to reach it, and the same command goes on."
+    settings = ["model=tiny", "data=pydoc", "data.max_length=64", "data.eval_fraction=0.01", "train.max_steps=60", "train.effective_batch=4",
+                "train.eval_steps=30", "train.save_steps=30", "train.log_steps=1", "train.samples=0"]
+    command = [str(Path(sys.executable).with_name("qlora")), "run", "--run", str(tmp_path / "run"), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 130 and "the same command goes on" in said, said[-2000:]
+    saved = [p.name for p in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")]
+    assert len(saved) == 1 and not (tmp_path / "run" / "final_adapter").exists()

@@ -19,7 +19,7 @@ def trainer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traps")
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}. " + LONG * (n % 5 == 0)} for n in range(50)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    config = compose(["model=tiny", f"data.path={folder / 'rows.jsonl'}", "data.max_length=64", "train.micro_batch=4", "train.max_steps=6"])
+    config = compose(["model=tiny", f"data.path={folder / 'rows.jsonl'}", "data.max_length=64", "train.effective_batch=4", "train.max_steps=6"])
     run = start_run(folder / "run", config)
     plan(run, config)
     report = make_data(run, config)
