@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'RunDir', 'Overrides', 'Json', 'NewRun', 'Force', 'Again', 'ConfigFile', 'Processes', 'options', 'main',
            'complain', 'quiet', 'leaves_on_interrupt', 'run_folder', 'show_table', 'show_budget', 'other_phases',
-           'judged', 'show_judged', 'judged_json', 'budget', 'data', 'launch', 'train', 'baseline', 'evaluate', 'infer',
-           'chat', 'serve', 'merge', 'notebook_path', 'run_notebook', 'pipeline', 'run_all', 'demo']
+           'judged', 'show_judged', 'judged_json', 'budget', 'data', 'signals_go_to', 'launch', 'train', 'baseline',
+           'evaluate', 'infer', 'chat', 'serve', 'merge', 'notebook_path', 'run_notebook', 'pipeline', 'run_all',
+           'demo']
 
 # %% ../nbs/90_cli.ipynb #900003
-import contextlib, errno, json, math, os, shutil, sys, time
+import contextlib, errno, json, math, os, shutil, sys, threading, time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -52,7 +53,7 @@ def complain(
     "One line on stderr for an error."
     from qlora_nb.config import RunFailed
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and isinstance(error, (InputError, RunFailed)): return 1  # the first process says it
+    if rank != "0" and isinstance(error, InputError): return 2  # the first process says it
     who = "qlora: " if rank == "0" else f"qlora: process {rank}: "
     line = lambda text: print(who + " ".join(str(text).split()), file=sys.stderr)
     if isinstance(error, InputError): line(error); return 2
@@ -223,7 +224,7 @@ def budget(
     s = Settings(seq_len=seq, micro_batch=micro_batch or 1, rank=rank, targets=names, padded=(micro_batch or 1) > 1 and not packed,
                  lora_dropout=dropout, dora=dora, quant=quant, optimizer=optimizer, fused_loss=loss == "fused",
                  checkpointing=checkpointing, offloading=offloading, attention=attention, packed=packed,
-                 device=device or "cuda")
+                 device=device or "cuda", answers_only=device in ("cpu", "mps") and loss == "fused")
     shape = shape_of(model)
     found = judged(shape, s, gpu, vram)
     if micro_batch is None and (two := judged(shape, replace(s, micro_batch=2, padded=not packed), gpu, vram))["fits"]: found = two
@@ -279,27 +280,38 @@ def data(
     raise typer.Exit(1 if report.failed(strict) else 0)
 
 # %% ../nbs/90_cli.ipynb #900023
+@contextlib.contextmanager
+def signals_go_to(
+    processes,  # a function that returns `psutil.Process`es
+):
+    "Ctrl-C and SIGTERM are handed on to processes that end in an orderly way, while this one waits for them."
+    import psutil, signal
+    def hand_on(*_):
+        for process in processes():
+            with contextlib.suppress(psutil.NoSuchProcess): process.send_signal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread(): yield; return  # only the main thread may handle signals
+    old = {s: signal.signal(s, hand_on) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield
+    finally:
+        for s, handler in old.items(): signal.signal(s, handler)
+
+
 def launch(
     processes: int,
     arguments: list,  # of `qlora`, from the command's name on
 ) -> int:             # exit code
     "Run a command in several processes by torchrun; stderr is kept to our own lines unless something else went wrong."
-    import psutil, re, signal, subprocess
+    import psutil, re, subprocess
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     env = {"OMP_NUM_THREADS": threads, **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                "--no-python", "--", str(Path(sys.executable).with_name("qlora")), *map(str, arguments)]
+    command += ["--debug"] * ("--debug" in sys.argv)
     child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    def stop(*_):
-        for process in psutil.Process(child.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess): process.send_signal(signal.SIGTERM)
-    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: said = child.stderr.readlines()
-    finally:
-        for s, handler in old.items(): signal.signal(s, handler)
-    code, ours = child.wait(), [line for line in said if line.startswith("qlora: ")]
-    first = [line for line in ours if not line.startswith("qlora: process")]
-    if code: sys.stderr.writelines(first or ours or said[-30:])
+    with signals_go_to(lambda: psutil.Process(child.pid).children(recursive=True)): said = child.stderr.readlines()
+    code, ours = child.wait(), [re.sub(r"^qlora: process \d+: ", "qlora: ", line) for line in said if line.startswith("qlora: ")]
+    known = [line for line in dict.fromkeys(ours) if "with --debug to see where" not in line]
+    if code: sys.stderr.writelines(said if "--debug" in sys.argv else known or ours or said[-30:])
     found = re.search(r"exitcode\s*:\s*(\d+)", "".join(said))
     return int(found[1]) if code and found else code
 
@@ -325,20 +337,22 @@ def train(
         places = [a for flag, path in (("--run", run), ("--config", config)) if path for a in (flag, path)]
         raise typer.Exit(launch(nproc, ["train", *(overrides or []), *places, *flags]))
     from qlora_nb.config import start_run
-    from qlora_nb.plan import choose, guard, is_first, leave_together, main_first, plan
+    from qlora_nb.plan import choose, guard, is_first, leave_together, main_first, plan, predicted
     from qlora_nb.train import fit, make_data
     settings = _composed(overrides, config)
     say = print if is_first() and not as_json else (lambda *_: None)
     with main_first():
         folder = start_run(run_folder(settings, run), settings)
-        plan(folder, settings)  # refuses what cannot work, before the data are read
+        if is_first(): plan(folder, settings)  # refuses what cannot work, before the data are read
         report = make_data(folder, settings)
         longest = report.tokens["max"]
-        b, settings = plan(folder, settings, longest), choose(folder, settings, longest)
+        if is_first(): plan(folder, settings, longest)
+        settings = choose(folder, settings, longest)
+        b = predicted(settings, longest)
+        if is_first() and not folder.trained and not dry_run: guard(folder, settings, b, force, say)
     say(f"run {folder.path}: {report.counts['train']:,} rows to train, {report.counts['eval']:,} held out; "
         f"predicted peak {b.peak_bytes / 1e9:.2f} GB")
     if dry_run: return is_first() and _show_plan(folder, settings, b, as_json)
-    if not folder.trained: guard(folder, settings, b, force, say)
     with leaves_on_interrupt(): summary = fit(folder, settings, quiet=as_json)
     if as_json and is_first(): print(json.dumps(summary, indent=2))
     leave_together()
@@ -471,7 +485,7 @@ def run_notebook(
     force: bool = False,
 ) -> None:
     "Execute 20_train for a run; its output notebook is train.ipynb in the folder."
-    import papermill
+    import papermill, psutil
     from papermill.exceptions import PapermillExecutionError
     from qlora_nb.config import RunFailed
     folder.mkdir(parents=True, exist_ok=True)
@@ -479,11 +493,13 @@ def run_notebook(
     absolute = dict(run_dir=str(folder.resolve()), config=str(Path(config).resolve()) if config else "", overrides=list(overrides or []),
                     force=force)
     try:
-        papermill.execute_notebook(str(notebook_path()), str(out), parameters=absolute, kernel_name="python3",
-                                   progress_bar=False, stdout_file=sys.stdout, extra_arguments=["--log-level=ERROR"])
+        with signals_go_to(psutil.Process().children):
+            papermill.execute_notebook(str(notebook_path()), str(out), parameters=absolute, kernel_name="python3",
+                                       progress_bar=False, stdout_file=sys.stdout, extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as e:
         if e.ename == "InputError": raise InputError(e.evalue) from None
         if e.ename == "RunFailed": raise RunFailed(e.evalue) from None
+        if e.ename == "KeyboardInterrupt": raise KeyboardInterrupt from None
         raise RuntimeError(f"{e.ename}: {e.evalue} (cell {e.exec_count} of {out})") from None
 
 # %% ../nbs/90_cli.ipynb #900036
@@ -541,7 +557,7 @@ def _summary(run, report: dict, seconds: float) -> None:
     show_table("training", ["", ""], [
         ("rows trained / held out", f"{counts['train']:,} / {counts['eval']:,}"),
         ("steps", f"{training['steps']:,}"), ("how it ended", training["ended"]), ("training time", f"{training['seconds']:.0f} s"),
-        ("answer tokens/s", f"{training['answer_tokens_per_s']:,.0f}"),
+        ("answer tokens/s", f"{training['answer_tokens_per_s'] or math.nan:,.0f}"),
         ("memory peak predicted", mb(plan["peak_bytes"])), (f"memory peak measured ({_counted(plan)})", mb(training["measured_peak_bytes"])),
         ("prediction over measurement", f"{plan['peak_bytes'] / training['measured_peak_bytes'] - 1:+.1%}")])
     for what, path in (("the record of the training", run.path / "train.ipynb"), ("adapter", run.adapter), ("data and its report", run.data / "report.html"),

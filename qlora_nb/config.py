@@ -187,7 +187,7 @@ class TrainSection(Section):
     max_grad_norm: float = Field(0.3, gt=0)
     effective_batch: int = Field(16, ge=1)       # samples an optimizer step
     micro_batch: int | None = Field(None, ge=1)  # samples a forward pass; null: as many as the budget allows
-    grad_accum: int | None = Field(None, ge=1)   # forward passes an optimizer step; null: what makes up effective_batch
+    grad_accum: int | None = Field(None, ge=1)   # forward passes an optimizer step; null: what makes up effective_batch; if given, it rules
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_32bit"
     activation_checkpointing: bool = True        # recompute activations in the backward pass
     activation_offloading: bool = False          # keep them in RAM meanwhile (CUDA only)
@@ -197,7 +197,7 @@ class TrainSection(Section):
     patience: int = Field(3, ge=1)               # evaluations without improvement before stopping
     log_steps: int = Field(5, ge=1)
     group_by_length: bool = True
-    packing: bool = False                        # samples packed into one sequence at a time; micro_batch is not used then
+    packing: bool = False                        # samples packed into sequences of data.max_length, which micro_batch then counts
     seed: int = 42
     compile: bool = False                        # torch.compile the model
     neftune_alpha: float | None = Field(None, gt=0)             # NEFTune: noise on the embeddings while training
@@ -424,7 +424,8 @@ def start_run(
     run = Run(Path(path))
     if run.path.exists() and not run.path.is_dir(): raise InputError(f"{path} is a file; choose a folder with --run")
     if not run.config_file.exists():
-        if run.path.exists() and (others := {p.name for p in run.path.iterdir()} - UNFINISHED):
+        found = {p.name for p in run.path.iterdir() if p.suffix != ".part"} if run.path.exists() else set()
+        if others := found - UNFINISHED:
             raise InputError(f"{path} holds other files ({min(others)}) and no config.yaml; choose another folder with --run")
         return run
     old, new = flatten(run.config.model_dump()), flatten(config.model_dump())

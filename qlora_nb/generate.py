@@ -6,7 +6,7 @@
 __all__ = ['Answer', 'settings', 'prompt_ids', 'generate', 'stream', 'asked', 'answers_now', 'Answers']
 
 # %% ../nbs/19_generate.ipynb #190003
-import itertools, threading
+import contextlib, itertools, threading
 from dataclasses import dataclass
 
 # %% ../nbs/19_generate.ipynb #190004
@@ -119,13 +119,17 @@ def stream(
 
 # %% ../nbs/19_generate.ipynb #190020
 def asked(
-    rows: list,  # as `load_rows` returns them
+    loaded: Loaded,
+    rows: list,           # as `load_rows` returns them
     n: int,
-) -> list:       # (conversation up to the last question, the reference answer)
-    "The first questions among the rows; plain texts ask nothing."
+    max_new_tokens: int,
+) -> list:                # (conversation up to the last question, the reference answer)
+    "The first questions among the rows that leave room for an answer; plain texts ask nothing."
+    def fits(messages):
+        with contextlib.suppress(InputError): return bool(prompt_ids(loaded, messages, max_new_tokens))
     turns = (messages_of(r) for r in rows)
     questions = ((t[:-1], t[-1]["content"]) for t in turns if len(t) > 1)
-    return list(itertools.islice(questions, n))
+    return list(itertools.islice((q for q in questions if fits(q[0])), n))
 
 
 def answers_now(
@@ -153,5 +157,7 @@ class Answers(TrainerCallback):
     ): self.encoder, self.questions, self.max_new_tokens, self.record = encoder, questions, max_new_tokens, record
 
     def on_evaluate(self, args, state, control, model=None, **kw):
-        if state.is_world_process_zero and self.questions:
-            self.record(state.global_step, answers_now(Loaded(model, self.encoder), self.questions, self.max_new_tokens))
+        import torch
+        if not (state.is_world_process_zero and self.questions): return
+        try: self.record(state.global_step, answers_now(Loaded(model, self.encoder), self.questions, self.max_new_tokens))
+        except (MemoryError, torch.OutOfMemoryError): self.questions = []  # training goes on without an audience

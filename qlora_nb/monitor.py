@@ -302,16 +302,17 @@ class StopOnSignal(TrainerCallback):
 
     def _raise_flag(self, number, frame):
         self.stopped = True
-        self._restore()
+        self.restore()
         with contextlib.suppress(RuntimeError, OSError):
             self.say("stopping after this step, with a checkpoint; the same command goes on from there")
 
     def on_step_end(self, args, state, control, **kw):
         if self.stopped: control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kw): self._restore()
+    def on_train_end(self, args, state, control, **kw): self.restore()
 
-    def _restore(self):
+    def restore(self) -> None:
+        "Give the signals back."
         while self._old: signal.signal(*self._old.popitem())
 
 # %% ../nbs/15_monitor.ipynb #150044
@@ -321,8 +322,10 @@ class Plot:
     figure: object
 
     def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.figure.savefig(file, format="png", dpi=80)
+        from PIL import Image
+        drawn, file = io.BytesIO(), io.BytesIO()
+        self.figure.savefig(drawn, format="png", dpi=80)
+        Image.open(drawn).convert("RGB").quantize(64).save(file, format="png", optimize=True)  # a third of the bytes
         return file.getvalue()
 
 

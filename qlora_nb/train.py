@@ -15,7 +15,7 @@ from pathlib import Path
 from .calibrate import measured_overhead, release_freed, remember, steady_memory
 from .config import Run, RunConfig, RunFailed, compose, load_secrets, read_json, start_run, whole_folder, write_json
 from .contract import Contract, Encoder, differing, make_contract, messages_of, pack, packed, pad_batch, with_contract
-from .plan import choose, give_way, guard, is_first, plan, processes
+from .plan import choose, give_way, guard, in_words, is_first, plan, processes, resolved
 from .prepare import load_rows, load_samples, prepare
 from .vram_budget import InputError
 
@@ -64,6 +64,7 @@ def trainer_arguments(
     config: RunConfig,
     compute,            # `torch.dtype` of the forward pass
     rows: int,          # training rows
+    say=print,          # told if a tracker cannot be reached
 ):                      # `trl.SFTConfig`
     "The configuration in the Trainer's words."
     import math, torch
@@ -72,7 +73,7 @@ def trainer_arguments(
     from qlora_nb.tracking import reporters
     t = config.train  # with micro_batch and grad_accum chosen
     steps = t.max_steps or max(1, math.ceil(math.ceil(rows / (t.micro_batch * t.grad_accum * processes())) * t.epochs))
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(run.checkpoints), num_train_epochs=t.epochs, max_steps=t.max_steps or -1, learning_rate=t.lr,
         lr_scheduler_type=t.scheduler, warmup_steps=round(t.warmup_ratio * steps), max_grad_norm=t.max_grad_norm,
         per_device_train_batch_size=t.micro_batch, per_device_eval_batch_size=2 * t.micro_batch,
@@ -80,12 +81,15 @@ def trainer_arguments(
         torch_compile=t.compile,
         activation_checkpointing=t.activation_checkpointing, activation_checkpointing_kwargs={"use_reentrant": False},
         activation_offloading=t.activation_offloading,
-        bf16=compute is torch.bfloat16, fp16=compute is torch.float16 and device() == "cuda", use_cpu=device() == "cpu",
+        bf16=compute is torch.bfloat16, fp16=compute is torch.float16 and device() != "cpu", use_cpu=device() == "cpu",
         eval_strategy="steps", eval_steps=t.eval_steps, save_strategy="steps", save_steps=t.save_steps,
         save_total_limit=t.keep_checkpoints, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-        greater_is_better=False, restore_callback_states_from_checkpoint=True, logging_steps=t.log_steps,
+        greater_is_better=False, restore_callback_states_from_checkpoint=True, logging_steps=min(t.log_steps, steps),
         logging_nan_inf_filter=False, include_num_input_tokens_seen="all", max_length=None, ddp_find_unused_parameters=False,
-        seed=t.seed, data_seed=t.seed, report_to=reporters(run, config), run_name=run.path.name, disable_tqdm=True, dataloader_pin_memory=device() == "cuda")
+        seed=t.seed, data_seed=t.seed, report_to=reporters(run, config, say), run_name=run.path.name,
+        disable_tqdm=True, dataloader_pin_memory=device() == "cuda")
+    if processes() == 1 and arguments.n_gpu > 1: arguments._n_gpu = 1  # several GPUs take several processes
+    return arguments
 
 # %% ../nbs/20_train.ipynb #200024
 STARTS = "adapter_start"  # in the run folder: what PiSSA, LoftQ and EVA start from
@@ -117,7 +121,7 @@ def make_trainer(
     base = load_base(model.path, model.revision, model.quant, model.double_quant, model.compute_dtype, attention=model.attention)
     trainer = Trainer(
         add_adapter(base, config.train, config.train.seed, first_batches(config, data["train"], contract), run.path / STARTS),
-        trainer_arguments(run, config, compute_dtype(model.compute_dtype), len(data["train"])),
+        trainer_arguments(run, config, compute_dtype(model.compute_dtype), len(data["train"]), display.say),
         settings=config.train, readings=readings, say=display.say,
         train_dataset=data["train"], eval_dataset=data["eval"], data_collator=partial(pad_batch, contract),
         processing_class=with_contract(contract, encoder.tokenizer))
@@ -136,16 +140,18 @@ def watch(
     "Give a trainer its callbacks: log, early stopping, signals, trackers, and answers at each evaluation."
     from transformers import EarlyStoppingCallback
     from qlora_nb.generate import Answers, asked
+    from qlora_nb.model import Loaded
     from qlora_nb.monitor import MetricsLog, StopOnSignal
     from qlora_nb.tracking import Tracking
     t = config.train
+    questions = asked(Loaded(trainer.model, trainer.encoder), load_rows(run.data, "eval"), t.samples, t.sample_tokens)
     tracking = trainer.tracking = Tracking(run, config, display.say)
     tracking.attach(trainer)
     def record(step, answers):
         tracking.samples(step, answers)
         for a in answers: display.say(f"  {a['question']!r:.70} → {a['answer']!r:.90}")
     for callback in (MetricsLog(run, trainer.readings, display, t.patience), EarlyStoppingCallback(t.patience),
-                     StopOnSignal(display.say), Answers(trainer.encoder, asked(load_rows(run.data, "eval"), t.samples), t.sample_tokens, record)):
+                     StopOnSignal(display.say), Answers(trainer.encoder, questions, t.sample_tokens, record)):
         trainer.add_callback(callback)
 
 # %% ../nbs/20_train.ipynb #200026
@@ -156,9 +162,9 @@ def train_through(
     display,
 ) -> tuple:             # (trainer that has trained, its configuration)
     "Train to the end from the last checkpoint, with less at a time whenever memory runs out."
-    from qlora_nb.trainer import forget, out_of_memory
+    from qlora_nb.trainer import ProbeFailed, forget, out_of_memory
     while True:
-        trainer = problem = None
+        trainer = None
         try:
             trainer = make_trainer(run, config, meter, display)
             if at := trainer.last_checkpoint(): display.say(f"going on from {at}")
@@ -168,13 +174,13 @@ def train_through(
         except BaseException as e:
             if trainer: trainer.tracking.close(failed=True)
             if not out_of_memory(e): raise
-            problem = str(e).splitlines()[0]
+            problem, alone = (str(e).splitlines() or [type(e).__name__])[0], processes() > 1 and not isinstance(e, ProbeFailed)
         del trainer
         forget()
         if (lighter := give_way(run, config, display.say)) is None: raise RunFailed(
             f"memory ran out with one row of at most {config.data.max_length} tokens at a time ({problem}); set a smaller "
             "data.max_length or train.lora.r, or take a smaller model, in another folder")
-        if processes() > 1: raise RunFailed("memory ran out in one of several processes; the same command goes on with less at a time")
+        if alone: raise RunFailed("memory ran out in one of several processes; the same command goes on with less at a time")
         config = lighter
 
 
@@ -194,6 +200,7 @@ def fit(
         return read_json(run.summary_file)
     steady_memory(); release_freed()
     start, config = time.monotonic(), choose(run, config, read_json(run.data / "report.json")["tokens"]["max"])
+    display.say(in_words(resolved(config)))
     try:
         with MemoryMeter() as meter: trainer, config = train_through(run, config, meter, display)
     finally: display.close()
@@ -221,7 +228,7 @@ def compare_memory(
     measured = dict(process_bytes=meter.peak_bytes, reserved_bytes=meter.reserved_bytes,
                     allocated_bytes=meter.allocated_bytes)
     write_json(run.budget_file, written | dict(measured=measured, measured_peak_bytes=meter.peak_bytes))
-    if steps < LONG_ENOUGH or "predicted" not in written: return
+    if steps < LONG_ENOUGH or "predicted" not in written or "gave_way" in written: return
     predicted = written["predicted"]
     tensors = meter.allocated_bytes or predicted["active_bytes"]
     beside = measured_overhead(meter.peak_bytes, tensors, meter.reserved_bytes, predicted["pageable_bytes"])

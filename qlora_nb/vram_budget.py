@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'REQUIRED', 'MODELS', 'BLOCK', 'SECOND_BLOCK', 'OPTIMIZERS', 'CHOICES', 'FUSED', 'TILE_TOKENS',
-           'TILE_WORDS', 'LABELS', 'OVERHEAD', 'LEVERS', 'GROUPS', 'InputError', 'ModelShape', 'shape_from_config',
-           'catalogue', 'read_config', 'load_shape', 'Linear', 'linears', 'parameters', 'quantised_parameters',
-           'nf4_bytes', 'int8_bytes', 'Settings', 'check_settings', 'targeted', 'adapter_tensors', 'magnitudes',
-           'lora_parameters', 'optimizer_bytes', 'has_mask', 'converts', 'input_bytes', 'mask_values', 'score_values',
-           'attention_bytes', 'kept_by_block', 'scales', 'forward_copy', 'backward_copy', 'dora_copies', 'has_adapter',
-           'down_input', 'converted_input', 'recompute_moments', 'backward_moments', 'stays_on_gpu', 'offloaded_bytes',
-           'held_inputs', 'common_bytes', 'offloaded_room', 'activation_bytes', 'loss_bytes', 'Overhead', 'Budget',
-           'budget_table', 'weight_bytes', 'adapter_bytes', 'whole_budget', 'predict', 'waterfall', 'plot_budgets']
+           'TILE_WORDS', 'SCORES', 'LABELS', 'OVERHEAD', 'LEVERS', 'GROUPS', 'InputError', 'ModelShape',
+           'shape_from_config', 'catalogue', 'read_config', 'load_shape', 'Linear', 'linears', 'parameters',
+           'quantised_parameters', 'nf4_bytes', 'int8_bytes', 'Settings', 'check_settings', 'targeted',
+           'adapter_tensors', 'magnitudes', 'lora_parameters', 'optimizer_bytes', 'has_mask', 'converts', 'input_bytes',
+           'mask_values', 'score_values', 'attention_bytes', 'kept_by_block', 'scales', 'forward_copy', 'backward_copy',
+           'dora_copies', 'has_adapter', 'down_input', 'converted_input', 'recompute_moments', 'backward_moments',
+           'stays_on_gpu', 'offloaded_bytes', 'held_inputs', 'common_bytes', 'offloaded_room', 'activation_bytes',
+           'answers_at_once', 'loss_bytes', 'Overhead', 'Budget', 'budget_table', 'weight_bytes', 'adapter_bytes',
+           'whole_budget', 'predict', 'waterfall', 'plot_budgets']
 
 # %% ../nbs/00_vram_budget.ipynb #000003
 import difflib, json
@@ -209,6 +210,7 @@ class Settings:
     optimizer: str = "paged_adamw_32bit"  # one of `OPTIMIZERS`
     checkpointing: bool = True            # keep one activation a layer and recompute the others
     fused_loss: bool = True               # never hold the scores of all tokens at once
+    answers_only: bool = False            # score answer tokens alone, in small chunks, as `19_trainer` does off the GPU
     compute_bytes: int = 2                # of an activation, and of a weight that is not quantised
     lora_bytes: int = 2                   # of an adapter weight and its gradient
     device: str = "cuda"                  # cuda, mps or cpu
@@ -490,12 +492,19 @@ def activation_bytes(
 
 # %% ../nbs/00_vram_budget.ipynb #000054
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's chunked log-probabilities
+SCORES = 2**21                         # of the chunks in which `qlora_nb.trainer` scores answers
+
+
+def answers_at_once(vocab_size: int) -> int:
+    "Answer tokens whose scores are held at once off the GPU."
+    return max(16, SCORES // vocab_size)
 
 
 def loss_bytes(shape: ModelShape, s: Settings) -> int:
     "Bytes alive at the worst moment of the loss, beside the kept activations."
     n, b, hidden = s.tokens, s.compute_bytes, s.tokens * shape.hidden_size
     if not s.fused_loss: return 12 * n * shape.vocab_size + 4 * hidden
+    if s.answers_only: return min(n, answers_at_once(shape.vocab_size)) * shape.vocab_size * (b + 12) + hidden * (4 + 4 + b)
     rows, words = min(n, TILE_TOKENS), min(shape.vocab_size, TILE_WORDS)
     tile = rows * TILE_WORDS * b if s.device == "cuda" else rows * words * (b + 7 * 4 + 1)
     head = shape.vocab_size * shape.hidden_size * (4 + b) if s.full_finetune else 0  # its gradient, in 32 bits and cast
