@@ -106,7 +106,7 @@ def can_score_answers(model) -> bool:
 
 # %% ../nbs/19_trainer.ipynb #190016
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory",
-         "could not create a primitive", "could not create a memory")  # the last two are oneDNN's, on a CPU
+         "could not create a primitive", "could not create a memory", "can't start new thread")  # the last three: on a CPU
 
 
 def out_of_memory(error: BaseException) -> bool:
