@@ -84,7 +84,7 @@ def watched(tmp_path_factory):
     "A training that was resumed once, in a terminal of 60 columns, with a key that W&B refuses: its folder and its screen."
     pexpect = pytest.importorskip("pexpect")
     folder = tmp_path_factory.mktemp("watched")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "JPY"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "JPY", "COLUMNS", "LINES"))}
     env |= {"HOME": str(folder), "TERM": "xterm", **KEYS}
     child = pexpect.spawn(sys.executable, ["-W", "ignore", "-c", TRAINING, str(folder / "run")], env=env, cwd=str(folder),
                           dimensions=(40, 60), timeout=180, encoding="utf-8")
