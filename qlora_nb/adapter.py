@@ -272,7 +272,7 @@ def unused(
         return (f"train.prefix_tokens is a setting of train.method=prefix, which train.method={method} would ignore; "
                 "leave one of them out")
 
-
+# %% ../nbs/18_adapter.ipynb #180056
 def impossible_lora(
     config: RunConfig,
     where: str,       # device
@@ -292,7 +292,7 @@ def impossible_lora(
         return ("train.lora.dora=true reads the base's weights, and reading 8-bit layers on a CPU makes peft lose their "
                 "scales; set model.quant=nf4 or none")
 
-
+# %% ../nbs/18_adapter.ipynb #180058
 def impossible_loop(
     config: RunConfig,
     where: str,       # device
@@ -311,7 +311,7 @@ def impossible_loop(
     if compute == "bf16" and where == "cuda" and compute_dtype() is not torch.bfloat16:
         return "model.compute_dtype=bf16 needs a GPU of the Ampere generation or later; set model.compute_dtype=auto"
 
-
+# %% ../nbs/18_adapter.ipynb #180060
 def refuse(
     config: RunConfig,
     where: str | None = None,  # device; None: the best this machine has

@@ -357,7 +357,7 @@ def train(
     if as_json and is_first(): print(json.dumps(summary, indent=2))
     leave_together()
 
-
+# %% ../nbs/90_cli.ipynb #900026
 def _show_plan(folder, settings, b, as_json) -> None:
     "What a dry run shows."
     from qlora_nb.config import read_json
@@ -377,7 +377,7 @@ def _show_plan(folder, settings, b, as_json) -> None:
     print(yaml.safe_dump(settings.model_dump(), sort_keys=False))
     for e in first: print("".join(e.tokens), "\n")
 
-# %% ../nbs/90_cli.ipynb #900028
+# %% ../nbs/90_cli.ipynb #900030
 @app.command()
 def baseline(
     overrides: Overrides = None,
@@ -400,7 +400,7 @@ def baseline(
         show_table(f"{report['rows']} held-out rows", ["", "base"], table(report))
         print(f"report in {folder.eval / 'baseline.json'}")
 
-# %% ../nbs/90_cli.ipynb #900031
+# %% ../nbs/90_cli.ipynb #900033
 @app.command("eval")
 def evaluate(run: RunDir, as_json: Json = False):
     """Compare a run's tuned model with its base on the held-out rows.
@@ -431,7 +431,7 @@ def infer(
     text = sys.stdin.read() if prompt == "-" else prompt
     print(answer(load_run(open_run(run)), text, max_new_tokens=max_new_tokens, temperature=temperature))
 
-# %% ../nbs/90_cli.ipynb #900032
+# %% ../nbs/90_cli.ipynb #900034
 @app.command()
 def chat(run: RunDir):
     """Talk with a run's model.
@@ -471,7 +471,7 @@ def merge(
     from qlora_nb.export import merge as merge_run
     print(f"merged model in {merge_run(open_run(run), out, overwrite=overwrite)}")
 
-# %% ../nbs/90_cli.ipynb #900035
+# %% ../nbs/90_cli.ipynb #900037
 def notebook_path() -> Path:
     "The training notebook that the package carries."
     from qlora_nb.config import ASSETS
@@ -502,7 +502,7 @@ def run_notebook(
         if e.ename == "KeyboardInterrupt": raise KeyboardInterrupt from None
         raise RuntimeError(f"{e.ename}: {e.evalue} (cell {e.exec_count} of {out})") from None
 
-# %% ../nbs/90_cli.ipynb #900036
+# %% ../nbs/90_cli.ipynb #900038
 def pipeline(
     folder: Path,            # the run folder
     overrides: list,
@@ -541,7 +541,7 @@ def _answers(run, questions) -> None:
         print(f"\n> {messages[-1]['content']}\n{answer.text}", flush=True)
     print()
 
-# %% ../nbs/90_cli.ipynb #900038
+# %% ../nbs/90_cli.ipynb #900040
 def _counted(plan: dict) -> str:
     "What a measured peak is of."
     return "process" if plan["predicted"]["settings"]["device"] == "cuda" else "growth above the imports"
@@ -565,7 +565,7 @@ def _summary(run, report: dict, seconds: float) -> None:
         print(f"{what:28} {path}")
     print(f"\nask it: qlora infer {run.path} \"…\"    serve it: qlora serve {run.path}    ({seconds:.0f} s)")
 
-# %% ../nbs/90_cli.ipynb #900039
+# %% ../nbs/90_cli.ipynb #900041
 @app.command("run")
 def run_all(
     overrides: Overrides = None,

@@ -113,7 +113,7 @@ class Source(Section):
     columns: dict[str, str] = {}                 # role -> column name
     weight: float | None = Field(None, gt=0)     # share in the mix, relative to the others; none given: all rows of all
 
-
+# %% ../nbs/05_config.ipynb #050021
 class DataSection(Section):
     "Where the rows come from, what is done about the odd ones, and how they are split."
     path: str | None = None                      # one source; or several as `sources`
@@ -149,7 +149,7 @@ class DataSection(Section):
         "The sources in a few words."
         return " + ".join(s.path for s in self.mix)
 
-
+# %% ../nbs/05_config.ipynb #050023
 class EvalSection(Section):
     "How the tuned model is measured against its base."
     rows: int = Field(200, ge=1)                 # rows answered by generation
@@ -163,7 +163,7 @@ class GpuSection(Section):
     name: str = "auto"
     vram_gb: float | None = Field(None, gt=0)    # GB = 10^9 bytes; null: what is free
 
-# %% ../nbs/05_config.ipynb #050020
+# %% ../nbs/05_config.ipynb #050024
 class LoraSection(Section):
     "The adapter: W + alpha/r * B A on the target modules; 18_adapter explains each setting."
     r: int = Field(16, ge=1)
@@ -175,7 +175,7 @@ class LoraSection(Section):
     init: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"   # what A and B start from
     lr_ratio: float | None = Field(None, ge=1)   # LoRA+: learning rate of B over that of A
 
-
+# %% ../nbs/05_config.ipynb #050026
 class TrainSection(Section):
     "The training loop."
     method: Literal["lora", "ia3", "prefix"] = "lora"
@@ -214,7 +214,7 @@ class TrainSection(Section):
             f"might not be saved; set train.save_steps={self.eval_steps * max(1, self.save_steps // self.eval_steps)}")
         return self
 
-# %% ../nbs/05_config.ipynb #050021
+# %% ../nbs/05_config.ipynb #050027
 class RunConfig(Section):
     "Everything that decides a run's result."
     model: ModelSection
@@ -238,7 +238,7 @@ def flatten(
         out |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v}
     return out
 
-# %% ../nbs/05_config.ipynb #050024
+# %% ../nbs/05_config.ipynb #050030
 def known_keys(section: type = RunConfig, prefix: str = "") -> list:
     "All dotted keys of a configuration."
     keys = []
@@ -270,7 +270,7 @@ def validated(
     try: return RunConfig.model_validate(tree)
     except ValidationError as e: raise InputError(explain(e)) from None
 
-# %% ../nbs/05_config.ipynb #050027
+# %% ../nbs/05_config.ipynb #050033
 GROUPS = ("model", "data", "train", "eval", "gpu")
 RECORDED = ("versions", "data_sha256", "seed", "chosen")  # what a run's config.yaml holds beside the settings
 
@@ -302,7 +302,7 @@ def parse_override(
         with contextlib.suppress(ValueError): value = float(value)  # YAML 1.1 reads 2e-4 as a string
     return key.strip().lstrip("+"), value
 
-# %% ../nbs/05_config.ipynb #050030
+# %% ../nbs/05_config.ipynb #050036
 def has_cuda() -> bool:
     "Whether an NVIDIA driver with a GPU is present; asks the driver, not torch."
     import pynvml
@@ -326,7 +326,7 @@ def _chosen_groups(given: dict) -> dict:
         raise InputError(f"there is no {group} {choice!r}; {hint}Choose one of {', '.join(choices(group))}{more}")
     return groups
 
-# %% ../nbs/05_config.ipynb #050031
+# %% ../nbs/05_config.ipynb #050037
 def compose(
     overrides: list = (),         # `group=choice` or `dotted.key=value`, later ones win
     file: Path | None = None,     # YAML with the same keys as a tree
@@ -355,7 +355,7 @@ def _from_file(file) -> dict:
     if not isinstance(tree, dict): raise InputError(f"{file} holds no settings; write keys such as train: {{max_steps: 30}}")
     return {k: v for k, v in flatten(tree).items() if k.split(".")[0] not in RECORDED}
 
-# %% ../nbs/05_config.ipynb #050036
+# %% ../nbs/05_config.ipynb #050042
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 
@@ -373,7 +373,7 @@ def sha256(*paths: Path) -> str:
             while piece := f.read(1 << 20): digest.update(piece)
     return digest.hexdigest()
 
-# %% ../nbs/05_config.ipynb #050037
+# %% ../nbs/05_config.ipynb #050043
 @dataclass(frozen=True)
 class Run:
     "A run folder: the paths of what its stages leave there."
@@ -412,7 +412,7 @@ class Run:
         tree = {**config.model_dump(), "seed": config.train.seed, "versions": versions(), **facts}
         with whole_file(self.config_file) as f: yaml.safe_dump(tree, f, sort_keys=False, allow_unicode=True)
 
-# %% ../nbs/05_config.ipynb #050039
+# %% ../nbs/05_config.ipynb #050045
 UNFINISHED = {"train.ipynb", "budget.json", "contract.json", "data"}  # what a first attempt may have left
 
 
@@ -443,7 +443,7 @@ def open_run(
     if not run.config_file.exists(): raise InputError(f"{path} is not a run folder (no config.yaml); make one with: qlora train --run {path}")
     return run
 
-# %% ../nbs/05_config.ipynb #050043
+# %% ../nbs/05_config.ipynb #050049
 def load_secrets() -> None:
     "Read HF_TOKEN, WANDB_API_KEY and QLORA_API_KEY from `.env` unless the environment has them."
     from dotenv import load_dotenv

@@ -7,9 +7,9 @@ __all__ = ['TEMPLATES', 'Control', 'IGNORED', 'messages_of', 'is_marked', 'plain
            'added_tokens', 'frame', 'answers_trained', 'bare_tokenizer', 'ids_of', 'leading_space', 'trims_of',
            'Contract', 'tokenizer_sha256', 'unfit', 'eos_of', 'family_of', 'family_template', 'ids_elsewhere',
            'same_format', 'dated', 'choose_template', 'Table', 'token_texts', 'Encoded', 'Piece', 'pieces_of',
-           'before_answer', 'last_answer', 'control_tokens', 'Plans', 'differing', 'check_tokenizer', 'check_same',
-           'turns_of', 'Encoder', 'with_contract', 'make_contract', 'check_template', 'pad_batch', 'length_batches',
-           'pack', 'packed']
+           'before_answer', 'last_answer', 'control_tokens', 'frame_for', 'plain_text_frame', 'Plans', 'differing',
+           'check_tokenizer', 'check_same', 'turns_of', 'Encoder', 'with_contract', 'make_contract', 'check_template',
+           'pad_batch', 'length_batches', 'pack', 'packed']
 
 # %% ../nbs/07_contract.ipynb #070003
 import bisect, copy, datetime, hashlib, html, json, re, tempfile
@@ -506,6 +506,35 @@ def control_tokens(
     return controls, {*controls, *(w for v in written if isinstance(v, str) for w in _WORDS.findall(v))}
 
 # %% ../nbs/07_contract.ipynb #070061
+def frame_for(
+    contract: Contract,
+    roles: tuple,
+    controls: dict,   # from `control_tokens`
+    special: dict,    # from `special_texts`
+) -> list:            # atoms, as `frame` gives them, with the answers marked as trained
+    "The frame for these roles; an `InputError` if the template does not take them all."
+    from jinja2 import TemplateError
+    try: atoms = frame(contract.template, roles, controls, special)
+    except TemplateError as e:
+        raise InputError(f"the chat template refuses turns in the order {', '.join(roles)} ({e})") from None
+    turns = [v for v, _ in atoms if v.__class__ is int]
+    if sorted(turns) != list(range(len(roles))):
+        raise InputError(f"the chat template drops or repeats a turn of {', '.join(roles)}; "
+                         "let user and assistant take turns")
+    return answers_trained(atoms, roles, contract.mask == "marks")
+
+
+def plain_text_frame(
+    contract: Contract,
+    controls: dict,   # from `control_tokens`
+) -> list:            # atoms
+    "The frame of a text without a question: BOS, the text, EOS."
+    by_id = {c.id: c for c in controls.values()}
+    ends = [by_id[i] for i in (contract.bos_token_id, contract.eos_token_id) if i is not None]
+    space = [(" ", True)] * (contract.leading_space == "first" and len(ends) == 2)
+    return [*((e, False) for e in ends[:-1]), *space, (0, True), (ends[-1], True)]
+
+# %% ../nbs/07_contract.ipynb #070063
 _COMMON = 32  # turns up to which plans are kept
 
 
@@ -525,7 +554,8 @@ class Plans:
     def whole(self, roles: tuple) -> list:
         "The pieces of one conversation; the roles end with the assistant's."
         if roles in self._whole: return self._whole[roles]
-        atoms = self._plain_text() if roles == ("assistant",) else self._frame(roles)
+        atoms = (plain_text_frame(self.contract, self.controls) if roles == ("assistant",)
+                 else frame_for(self.contract, roles, self.controls, self.special))
         pieces = pieces_of(atoms, self.contract.leading_space)
         for p in pieces:
             if p.ids is None and int not in map(type, p.parts): p.ids = ids_of(self.bare, p.text([]))
@@ -543,26 +573,7 @@ class Plans:
         if len(roles) <= _COMMON: self._plans[roles] = plan
         return plan
 
-    def _frame(self, roles: tuple) -> list:
-        "The frame for these roles; an `InputError` if the template does not take them all."
-        from jinja2 import TemplateError
-        try: atoms = frame(self.contract.template, roles, self.controls, self.special)
-        except TemplateError as e:
-            raise InputError(f"the chat template refuses turns in the order {', '.join(roles)} ({e})") from None
-        turns = [v for v, _ in atoms if v.__class__ is int]
-        if sorted(turns) != list(range(len(roles))):
-            raise InputError(f"the chat template drops or repeats a turn of {', '.join(roles)}; "
-                             "let user and assistant take turns")
-        return answers_trained(atoms, roles, self.contract.mask == "marks")
-
-    def _plain_text(self) -> list:
-        "The frame of a text without a question: BOS, the text, EOS."
-        by_id = {c.id: c for c in self.controls.values()}
-        ends = [by_id[i] for i in (self.contract.bos_token_id, self.contract.eos_token_id) if i is not None]
-        space = [(" ", True)] * (self.contract.leading_space == "first" and len(ends) == 2)
-        return [*((e, False) for e in ends[:-1]), *space, (0, True), (ends[-1], True)]
-
-# %% ../nbs/07_contract.ipynb #070063
+# %% ../nbs/07_contract.ipynb #070065
 def differing(
     one,    # a contract, or a dict
     other,
@@ -598,7 +609,7 @@ def check_same(
         raise InputError(f"contract.json and {where} differ in {', '.join(differs)}; "
                          "restore the one that was trained with")
 
-# %% ../nbs/07_contract.ipynb #070066
+# %% ../nbs/07_contract.ipynb #070068
 def turns_of(
     contract: Contract,
     messages: list,
@@ -613,7 +624,7 @@ def turns_of(
     if trims: texts = [_TRIMS[trims.get(m["role"], "none")](t) for m, t in zip(messages, texts)]
     return tuple(m["role"] for m in messages), texts
 
-# %% ../nbs/07_contract.ipynb #070067
+# %% ../nbs/07_contract.ipynb #070069
 class Encoder:
     "Conversations to tokens and back, as a contract says; refuses a tokenizer that is not the contract's."
 
@@ -678,7 +689,7 @@ class Encoder:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.removeprefix(self.lead)
 
-# %% ../nbs/07_contract.ipynb #070069
+# %% ../nbs/07_contract.ipynb #070071
 def _pad_of(tokenizer, eos: int) -> int:
     "A padding token that is not EOS."
     if tokenizer.pad_token_id not in (None, eos, tokenizer.eos_token_id): return tokenizer.pad_token_id
@@ -690,7 +701,7 @@ def _pad_of(tokenizer, eos: int) -> int:
     if others: return max(others)
     raise InputError(f"{tokenizer.name_or_path} has no token that could serve as padding; add a <pad> token to it")
 
-# %% ../nbs/07_contract.ipynb #070071
+# %% ../nbs/07_contract.ipynb #070073
 def with_contract(
     contract: Contract,
     tokenizer,
@@ -701,7 +712,7 @@ def with_contract(
     out.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
     return out
 
-# %% ../nbs/07_contract.ipynb #070072
+# %% ../nbs/07_contract.ipynb #070074
 def _as_elsewhere(contract: Contract, tokenizer) -> None:
     "Refuse a tokenizer that makes other ids of the contract's own template than training would."
     encoder = Encoder(contract, tokenizer)
@@ -726,7 +737,7 @@ def _comes_back(contract: Contract, tokenizer) -> None:
         raise InputError(f"the tokenizer of {tokenizer.name_or_path} changes its {', '.join(differs)} when it is saved "
                          "and loaded; use a model folder with a complete tokenizer.json")
 
-# %% ../nbs/07_contract.ipynb #070073
+# %% ../nbs/07_contract.ipynb #070075
 def make_contract(
     tokenizer,          # a fast transformers tokenizer
     config: RunConfig,
@@ -748,7 +759,7 @@ def make_contract(
     _comes_back(contract, tokenizer)
     return contract
 
-# %% ../nbs/07_contract.ipynb #070093
+# %% ../nbs/07_contract.ipynb #070095
 def check_template(
     contract: Contract,
     tokenizer,
@@ -761,7 +772,7 @@ def check_template(
     raise InputError(f"the chat template in {where} differs from contract.json's at character {at} "
                      f"({got[at:at + 30]!r} there, {want[at:at + 30]!r} in the contract); restore it")
 
-# %% ../nbs/07_contract.ipynb #070097
+# %% ../nbs/07_contract.ipynb #070099
 def pad_batch(
     contract: Contract,
     samples: list,        # of {"input_ids"} and perhaps "labels", and "seq_lengths" where samples are packed
@@ -780,7 +791,7 @@ def pad_batch(
     if "labels" in samples[0]: batch["labels"] = [padded(s["labels"], IGNORED) for s in samples]
     return {k: torch.tensor(v) for k, v in batch.items()}
 
-# %% ../nbs/07_contract.ipynb #070100
+# %% ../nbs/07_contract.ipynb #070102
 def length_batches(
     lengths: list,    # in tokens
     batch_size: int,
@@ -789,7 +800,7 @@ def length_batches(
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
-# %% ../nbs/07_contract.ipynb #070103
+# %% ../nbs/07_contract.ipynb #070105
 def pack(
     lengths: list,  # in tokens
     most: int,      # tokens in one sequence; a longer sample gets one of its own

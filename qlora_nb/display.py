@@ -38,7 +38,7 @@ def wrapped(
         else: lines.append(phrase)
     return "\n".join(lines)
 
-
+# %% ../nbs/16_display.ipynb #160012
 class Terminal:
     "A progress bar with the latest numbers below it, by Rich."
     def __init__(
@@ -86,7 +86,7 @@ class Terminal:
         if self._live: self._live.stop()
         self._live = None
 
-# %% ../nbs/16_display.ipynb #160014
+# %% ../nbs/16_display.ipynb #160016
 class LivePlot:
     "A plot in a notebook that is redrawn in place, at most once a second and in at most a tenth of the time."
     def __init__(self): self.entries, self.title, self._handle, self._next, self._stale = [], "", None, 0.0, False
@@ -116,7 +116,7 @@ class LivePlot:
     def close(self) -> None:
         if self._stale: self._draw()
 
-# %% ../nbs/16_display.ipynb #160018
+# %% ../nbs/16_display.ipynb #160020
 def surroundings() -> str:
     "`plot` in a notebook with a person in front, `terminal` in a terminal, else `lines`."
     ipython = sys.modules.get("IPython")

@@ -205,7 +205,7 @@ def quantisation(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype, **(dict(bnb_4bit_quant_storage=dtype) if sharded() else {})))
 
-
+# %% ../nbs/16_model.ipynb #160033
 def load_base(
     path: str,                       # `tiny`, a folder or a Hub id
     revision: str | None = None,
@@ -240,7 +240,7 @@ def load_base(
     keep_autograd(model)
     return model.eval()
 
-# %% ../nbs/16_model.ipynb #160033
+# %% ../nbs/16_model.ipynb #160035
 def recompute_in(
     model,  # loaded from quantised files
     dtype,  # `torch.dtype` of the forward pass
@@ -251,7 +251,7 @@ def recompute_in(
     for p in model.parameters():
         if p.is_floating_point(): p.data = p.data.to(dtype)
 
-# %% ../nbs/16_model.ipynb #160035
+# %% ../nbs/16_model.ipynb #160037
 def keep_autograd(
     model,  # any model, with or without 4-bit layers
 ) -> None:
@@ -260,7 +260,7 @@ def keep_autograd(
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit): module.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/16_model.ipynb #160046
+# %% ../nbs/16_model.ipynb #160048
 def adapter_dtype(compute):
     "The precision in which LoRA's matrices are trained, given the forward pass's."
     import torch
@@ -282,7 +282,7 @@ def cast_adapter(
         if any(part in name for part in EXACT): p.data = p.data.float()
         elif "lora_" in name: p.data = p.data.to(dtype)
 
-# %% ../nbs/16_model.ipynb #160051
+# %% ../nbs/16_model.ipynb #160053
 @dataclass
 class Loaded:
     "A model ready to answer, with the encoder of its contract."
@@ -305,7 +305,7 @@ def load_plain(
     return Loaded(load_base(model.path, model.revision, model.quant, model.double_quant, model.compute_dtype,
                             attention=model.attention), encoder)
 
-# %% ../nbs/16_model.ipynb #160054
+# %% ../nbs/16_model.ipynb #160056
 def save_tokenizer(
     encoder: Encoder,
     folder: Path,      # of an adapter or a merged model
@@ -331,7 +331,7 @@ def load_encoder(
     check_template(own, tokenizer, Path(folder).name)
     return Encoder(own, tokenizer)
 
-# %% ../nbs/16_model.ipynb #160058
+# %% ../nbs/16_model.ipynb #160060
 def keep_dtype(
     tuned,  # a `peft.PeftModel`
 ) -> None:

@@ -135,7 +135,7 @@ def decide(
     if t.micro_batch: return with_batch(config, t.micro_batch, in_a_sequence)
     return with_batch(config, 1, in_a_sequence) if t.packing else largest_batch(config, longest)
 
-
+# %% ../nbs/19_plan.ipynb #190021
 KEPT = ("micro_batch", "grad_accum", "activation_checkpointing", "activation_offloading", "optimizer")
 
 
@@ -151,7 +151,7 @@ def choose(
     if known and (given or made["processes"] == processes()): return changed(config, **known)
     return decide(run, config, longest)
 
-# %% ../nbs/19_plan.ipynb #190023
+# %% ../nbs/19_plan.ipynb #190025
 def resolved(
     config: RunConfig,  # as `choose` returns it
 ) -> dict:
@@ -178,7 +178,7 @@ def in_words(
             f"{chosen['effective_batch']}) padded {chosen['padding']}, "
             f"activations {chosen['activations']}, {chosen['optimizer']}{compiled}").replace("padded packed", "packed")
 
-
+# %% ../nbs/19_plan.ipynb #190027
 def plan(
     run: Run,
     config: RunConfig,
@@ -208,7 +208,7 @@ def write_plan(
                                                chosen=resolved(config), settings_made=made) | more)
     return budget
 
-# %% ../nbs/19_plan.ipynb #190026
+# %% ../nbs/19_plan.ipynb #190030
 def guard(
     run: Run,
     config: RunConfig,    # as `choose` returns it
@@ -230,7 +230,7 @@ def guard(
     if not run.checkpoints.exists(): run.config_file.unlink(missing_ok=True)
     raise InputError(f"{needs}; {hint}; or go on all the same with --force")
 
-# %% ../nbs/19_plan.ipynb #190029
+# %% ../nbs/19_plan.ipynb #190033
 def next_lever(
     config: RunConfig,  # with micro_batch and grad_accum
 ) -> dict:              # changed settings of the group `train`; empty when there is nothing left

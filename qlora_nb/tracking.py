@@ -84,7 +84,7 @@ def prepare_wandb(run: Run, say=print) -> None:
         wandb.setup(wandb.Settings(mode="offline"))
         say(f"W&B: {why}; the run is kept offline, send it with: wandb sync {run.path}/wandb/offline-run-*")
 
-
+# %% ../nbs/16_tracking.ipynb #160012
 def reporters(
     run: Run,
     config: RunConfig,
@@ -96,7 +96,7 @@ def reporters(
     if "wandb" in names: prepare_wandb(run, say)
     return names
 
-# %% ../nbs/16_tracking.ipynb #160013
+# %% ../nbs/16_tracking.ipynb #160015
 def as_text(
     facts: dict | list,
 ) -> str:  # Markdown that shows it as it is
@@ -104,7 +104,7 @@ def as_text(
     text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=100)
     return "".join(f"    {line}\n" for line in text.splitlines())
 
-
+# %% ../nbs/16_tracking.ipynb #160017
 class Tracking(TrainerCallback):
     "Settings, machine and sample answers of a run: in its folder, in TensorBoard and in W&B."
     def __init__(self, run: Run, config: RunConfig, say=print):
@@ -160,7 +160,7 @@ class Tracking(TrainerCallback):
         "Finish the run at W&B. The trainer can log nothing more there."
         if run := self.wandb: run.finish(exit_code=int(failed))
 
-
+# %% ../nbs/16_tracking.ipynb #160019
 def session_starts(
     writer,     # `SummaryWriter`
     step: int,

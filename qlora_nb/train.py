@@ -101,7 +101,7 @@ def first_batches(config: RunConfig, rows, contract: Contract) -> list:
     some, n = rows.shuffle(config.train.seed), config.train.micro_batch
     return [pad_batch(contract, [some[i] for i in range(at, min(at + n, len(some)))]) for at in range(0, min(4 * n, len(some)), n)]
 
-
+# %% ../nbs/20_train.ipynb #200026
 def make_trainer(
     run: Run,
     config: RunConfig,  # as `choose` returns it
@@ -130,7 +130,7 @@ def make_trainer(
     watch(trainer, run, config, display)
     return trainer
 
-
+# %% ../nbs/20_train.ipynb #200028
 def watch(
     trainer,
     run: Run,
@@ -154,7 +154,7 @@ def watch(
                      StopOnSignal(display.say), Answers(trainer.encoder, questions, t.sample_tokens, record)):
         trainer.add_callback(callback)
 
-# %% ../nbs/20_train.ipynb #200026
+# %% ../nbs/20_train.ipynb #200030
 def train_through(
     run: Run,
     config: RunConfig,  # as `choose` returns it
@@ -183,7 +183,7 @@ def train_through(
         if alone: raise RunFailed("memory ran out in one of several processes; the same command goes on with less at a time")
         config = lighter
 
-
+# %% ../nbs/20_train.ipynb #200032
 def fit(
     run: Run,
     config: RunConfig,
@@ -214,7 +214,7 @@ def fit(
     display.say(f"trained {summary['steps']} steps; {summary['ended']}; adapter in {run.adapter}")
     return summary
 
-# %% ../nbs/20_train.ipynb #200027
+# %% ../nbs/20_train.ipynb #200033
 LONG_ENOUGH = 20  # steps after which a run's memory has shown itself
 
 
@@ -234,7 +234,7 @@ def compare_memory(
     beside = measured_overhead(meter.peak_bytes, tensors, meter.reserved_bytes, predicted["pageable_bytes"])
     remember(beside, predicted["settings"]["device"])
 
-# %% ../nbs/20_train.ipynb #200028
+# %% ../nbs/20_train.ipynb #200034
 def summarise(
     run: Run,
     config: RunConfig,
