@@ -72,10 +72,11 @@ def watch(board):
     from transformers.trainer_callback import CallbackHandler
     from qlora_nb import checkpoint
     from qlora_nb.checkpoint import ResumableTrainer
+    from qlora_nb.trainer import Trainer
     for name, phase in (("_begin", "begin"), ("save_model", "model"), ("_save_optimizer_and_scheduler", "optimizer"),
-                        ("_save_rng_state", "random state"), ("_finish", "finish"), ("evaluate", "evaluation"),
-                        ("_load_best_model", "end")):
+                        ("_save_rng_state", "random state"), ("_finish", "finish"), ("_load_best_model", "end")):
         wrap(ResumableTrainer, name, board, phase)
+    wrap(Trainer, "evaluate", board, "evaluation")
     for name, phase in (("write_manifest", "manifest"), ("sync_tree", "sync"), ("rotate", "rotate")):
         wrap(checkpoint, name, board, phase)
     wrap(os, "replace", board, "rename", lambda source, target: board.phase == "finish")

@@ -105,15 +105,15 @@ def test_three_kills_change_nothing(starter, rows, whole, tmp_path):
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(rows, tmp_path):
     "Each start is a process of its own, and does its imports; the moments are spread over everything that writes."
-    starter, arguments = Starter(tmp_path, forked=False), command(tmp_path / "run", rows, "train.max_steps=40")
+    starter, arguments = Starter(tmp_path, forked=False), command(tmp_path / "run", rows, "train.max_steps=64")
     wanted = ["model", "random state", "manifest", "rename", "rotate", "delete", *["any moment of writing"] * 2,
               "evaluation", *["step"] * 11]
     random.Random(20).shuffle(wanted)
     counts = killed_and_resumed(starter, arguments, wanted, seed=20)
     print(counts)
     assert counts.total() == 20 and counts["writing"] >= 5 and counts["step"] >= 10 and not counts["imports"]
-    assert kill(starter, command(tmp_path / "whole", rows, "train.max_steps=40"), "end", random.Random(0)) == "end"
-    finish(starter, command(tmp_path / "whole", rows, "train.max_steps=40"))  # from the last step's checkpoint
+    assert kill(starter, command(tmp_path / "whole", rows, "train.max_steps=64"), "end", random.Random(0)) == "end"
+    finish(starter, command(tmp_path / "whole", rows, "train.max_steps=64"))  # from the last step's checkpoint
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
