@@ -173,10 +173,11 @@ def in_words(
     "The choices as one line."
     several = f"{chosen['processes']} processes, " if chosen["processes"] > 1 else ""
     compiled = ", compiled" if chosen["compiled"] else ""
+    unpaged = " (not paged: there is no CUDA)" if chosen["optimizer"].startswith("paged_") and chosen["device"] != "cuda" else ""
     return (f"{chosen['gpu']}, {several}{chosen['base']} base computing in {chosen['compute']}, adapter in {chosen['adapter']}, "
             f"{chosen['attention']} attention, micro-batch {chosen['micro_batch']} x {chosen['grad_accum']} passes (effective batch "
             f"{chosen['effective_batch']}) padded {chosen['padding']}, "
-            f"activations {chosen['activations']}, {chosen['optimizer']}{compiled}").replace("padded packed", "packed")
+            f"activations {chosen['activations']}, {chosen['optimizer']}{unpaged}{compiled}").replace("padded packed", "packed")
 
 # %% ../nbs/19_plan.ipynb #190027
 def plan(

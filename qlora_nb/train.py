@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'LONG_ENOUGH', 'make_data', 'training_samples', 'trainer_arguments', 'first_batches', 'make_trainer',
-           'watch', 'train_through', 'fit', 'compare_memory', 'summarise', 'finish']
+           'watch', 'train_through', 'without_known_warnings', 'fit', 'compare_memory', 'summarise', 'finish']
 
 # %% ../nbs/20_train.ipynb #200004
-import tempfile, time
+import contextlib, tempfile, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def watch(
     tracking.attach(trainer)
     def record(step, answers):
         tracking.samples(step, answers)
-        for a in answers: display.say(f"  {a['question']!r:.70} → {a['answer']!r:.90}")
+        for a in answers: display.say(f"  step {step}: {a['question']!r:.60} → {a['answer']!r:.90}")
     for callback in (MetricsLog(run, trainer.readings, display, t.patience), EarlyStoppingCallback(t.patience),
                      StopOnSignal(display.say), Answers(trainer.encoder, questions, t.sample_tokens, record)):
         trainer.add_callback(callback)
@@ -184,6 +184,15 @@ def train_through(
         config = lighter
 
 # %% ../nbs/20_train.ipynb #200032
+@contextlib.contextmanager
+def without_known_warnings():
+    "Hold back what the libraries warn of in every run."
+    with warnings.catch_warnings():
+        for known in ("`is_gradient_checkpointing` is deprecated", "Paged optimizers are not supported on CPU"):
+            warnings.filterwarnings("ignore", known)
+        yield
+
+
 def fit(
     run: Run,
     config: RunConfig,
@@ -202,7 +211,7 @@ def fit(
     start, config = time.monotonic(), choose(run, config, read_json(run.data / "report.json")["tokens"]["max"])
     display.say(in_words(resolved(config)))
     try:
-        with MemoryMeter() as meter: trainer, config = train_through(run, config, meter, display)
+        with MemoryMeter() as meter, without_known_warnings(): trainer, config = train_through(run, config, meter, display)
     finally: display.close()
     if trainer.stopped: raise KeyboardInterrupt
     summary = summarise(run, config, trainer, meter, time.monotonic() - start)

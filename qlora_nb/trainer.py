@@ -22,7 +22,7 @@ from .checkpoint import ResumableTrainer
 from .config import RunFailed
 from .contract import length_batches
 from .model import cast_adapter
-from .vram_budget import OPTIMIZERS, answers_at_once
+from .vram_budget import answers_at_once, optimizer_bytes
 
 # %% ../nbs/19_trainer.ipynb #190007
 POOL = 50  # optimizer steps whose rows are sorted together
@@ -163,11 +163,13 @@ def diagnosis(
 def state_bytes(
     optimizer,
     name: str,   # of `train.optimizer`
+    on: str,     # kind of device: only CUDA pages
 ) -> int:
     "Bytes of state that an optimizer will hold and cannot page out; 0 once there is state."
-    each, paged = OPTIMIZERS[name]
-    if optimizer.state or paged: return 0
-    return sum((each or 2 * p.element_size()) * p.numel() for group in optimizer.param_groups for p in group["params"])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer.state or not trained: return 0
+    held, paged = optimizer_bytes([p.numel() for p in trained], name, trained[0].element_size(), on)
+    return held - paged
 
 
 class ProbeFailed(MemoryError):
@@ -183,7 +185,7 @@ def probe(
     longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:trainer.settings.micro_batch]
     with torch.random.fork_rng([on] if on.type == "cuda" else []), trainer.accelerator.no_sync(model):
         try:
-            held = torch.empty(state_bytes(trainer.optimizer, trainer.settings.optimizer), dtype=torch.uint8, device=on)
+            held = torch.empty(state_bytes(trainer.optimizer, trainer.settings.optimizer, on.type), dtype=torch.uint8, device=on)
             batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in longest]))
             model.train()
             with trainer.maybe_activation_offload_context, trainer.compute_loss_context_manager():
