@@ -15,7 +15,7 @@ from pathlib import Path
 from .calibrate import measured_overhead, release_freed, remember, steady_memory
 from .config import Run, RunConfig, RunFailed, compose, load_secrets, read_json, start_run, whole_folder, write_json
 from .contract import Contract, Encoder, differing, make_contract, messages_of, pack, packed, pad_batch, with_contract
-from .plan import choose, give_way, guard, in_words, is_first, plan, processes, resolved
+from .plan import choose, give_way, guard, in_words, is_first, main_first, plan, processes, resolved
 from .prepare import load_rows, load_samples, prepare
 from .vram_budget import InputError
 
@@ -208,7 +208,10 @@ def fit(
         display.say(f"{run.path} is trained already; its adapter is in {run.adapter}")
         return read_json(run.summary_file)
     steady_memory(); release_freed()
-    start, config = time.monotonic(), choose(run, config, read_json(run.data / "report.json")["tokens"]["max"])
+    start, longest = time.monotonic(), read_json(run.data / "report.json")["tokens"]["max"]
+    with main_first():
+        if is_first(): plan(run, config, longest)  # a resume finds there what was chosen
+    config = choose(run, config, longest)
     display.say(in_words(resolved(config)))
     try:
         with MemoryMeter() as meter, without_known_warnings(): trainer, config = train_through(run, config, meter, display)

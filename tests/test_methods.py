@@ -35,6 +35,7 @@ METHODS = {
     "ia3": [*OTHER, "train.method=ia3"],
     "prefix": [*OTHER, "train.method=prefix", "train.prefix_tokens=8"],
 }
+COMPILED = [*LORA, "train.compile=true"]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,9 @@ def logits(model, batch):
     with torch.no_grad(): return model.eval()(**{k: v.to(model.device) for k, v in batch.items()}).logits.float()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, pytest.param("compiled", marks=pytest.mark.slow)])
 def test_what_is_saved_loads_as_what_was_trained(method, rows, tmp_path, monkeypatch):
-    run, config, batch, seen = trained(tmp_path / "run", rows, METHODS[method], monkeypatch)
+    run, config, batch, seen = trained(tmp_path / "run", rows, METHODS.get(method, COMPILED), monkeypatch)
     loaded = load_run(run).model
     untouched = load_base("tiny", quant=config.model.quant, compute=config.model.compute_dtype)
     got, base = logits(loaded, batch), logits(untouched, batch)
@@ -85,7 +86,7 @@ def test_what_is_saved_loads_as_what_was_trained(method, rows, tmp_path, monkeyp
     assert all(0 < m["grad_norm"] < float("inf") for m in losses if "grad_norm" in m)
 
 
-@pytest.mark.parametrize("method", ["pissa", "eva", "prefix"])
+@pytest.mark.parametrize("method", ["packed", "pissa", "eva", "prefix"])
 def test_a_run_that_goes_on_ends_in_the_same_adapter(method, rows, tmp_path, monkeypatch):
     "The last checkpoint and all that came after it are taken away, and the same settings run again."
     settings = [*METHODS[method], "train.max_steps=4", "train.eval_steps=2", "train.save_steps=2"]
