@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'TENSORS', 'NEEDED', 'SAVING', 'ROOM', 'GONE', 'LOCKED', 'WRITERS', 'sync_folder', 'sync_tree',
            'write_manifest', 'tensors_only', 'damage', 'checkpoints', 'step_of', 'set_aside', 'last_checkpoint',
            'rotate', 'of_the_disk', 'objection', 'disk_failure', 'quiet_threads', 'tell_epoch', 'load_adapter',
-           'Together', 'Saving', 'Resuming', 'ResumableTrainer']
+           'page_again', 'Together', 'Saving', 'Resuming', 'ResumableTrainer']
 
 # %% ../nbs/17_checkpoint.ipynb #170003
 import contextlib, errno, json, os, re, shutil, threading
@@ -228,6 +228,19 @@ def load_adapter(
     set_peft_model_state_dict(model, tensors)
 
 # %% ../nbs/17_checkpoint.ipynb #170036
+def page_again(
+    optimizer,  # of bitsandbytes, whose state was loaded; any other is left as it is
+) -> None:
+    "Put the loaded state of a paged optimizer back into memory that can be paged out."
+    if not getattr(optimizer, "is_paged", False): return
+    for p, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if p.device.type != "cuda" or name not in state: continue  # nothing pages elsewhere
+            loaded, state[name] = state[name], optimizer.get_state_buffer(p, state[name].dtype)
+            torch.cuda.synchronize()  # the GPU has filled the buffer with zeros
+            state[name].copy_(loaded)
+
+# %% ../nbs/17_checkpoint.ipynb #170038
 class Together:
     "What several processes do as one; a single process is the simplest case of it."
     def _first_says(self, work):
@@ -264,7 +277,7 @@ class Together:
         states = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
         return sum(t.nbytes for t in adapter + states)
 
-# %% ../nbs/17_checkpoint.ipynb #170038
+# %% ../nbs/17_checkpoint.ipynb #170040
 class Saving(Together):
     "The part of `ResumableTrainer` that writes."
     def _determine_best_metric(self, metrics, trial):
@@ -303,7 +316,7 @@ class Saving(Together):
         sync_folder(folder)
         rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
-# %% ../nbs/17_checkpoint.ipynb #170040
+# %% ../nbs/17_checkpoint.ipynb #170042
 class Resuming(Together):
     "The part of `ResumableTrainer` that reads."
     say = staticmethod(print)
@@ -319,7 +332,8 @@ class Resuming(Together):
     def train(self, resume_from_checkpoint=None, **kw):
         "Train; with True from the last good checkpoint if there is one, with a path from that one, if it is good."
         at, folder = resume_from_checkpoint, Path(self.args.output_dir)
-        if at is True: at = self.last_checkpoint()
+        if at is True:
+            if at := self.last_checkpoint(): self.say(f"going on from {at}")
         elif at and (why := self._first_says(lambda: damage(Path(at)))):
             raise RunFailed(f"{at} is damaged ({why}); choose another, or give none to start anew")
         try:
@@ -335,12 +349,16 @@ class Resuming(Together):
         if stopped or self.state.global_step >= self.state.max_steps: self.control.should_training_stop = True
         else: tell_epoch(kw["train_dataloader"], kw["epoch"]); super()._run_epoch(*args, **kw)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint: page_again(getattr(self.optimizer, "optimizer", self.optimizer))
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_adapter(self.model, resume_from_checkpoint)
 
-# %% ../nbs/17_checkpoint.ipynb #170042
+# %% ../nbs/17_checkpoint.ipynb #170044
 class ResumableTrainer(Resuming, Saving, SFTTrainer):
     "SFTTrainer with checkpoints that are whole or absent, and an exact resume."
     def _init_training_state(self, *args, **kw):

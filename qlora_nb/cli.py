@@ -80,9 +80,10 @@ def quiet() -> None:
 @contextlib.contextmanager
 def leaves_on_interrupt(then: str = "the same command goes on from the last checkpoint"):
     "Ctrl-C ends a command with exit code 130 and a word on how to go on."
+    from qlora_nb.config import is_first
     try: yield
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0": print(f"qlora: stopped; {then}", file=sys.stderr)
+        if is_first(): print(f"qlora: stopped; {then}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -301,7 +302,9 @@ def launch(
     arguments: list,  # of `qlora`, from the command's name on
 ) -> int:             # exit code
     "Run a command in several processes by torchrun; stderr is kept to our own lines unless something else went wrong."
-    import psutil, re, subprocess
+    import psutil, re, subprocess, torch
+    if 0 < (gpus := torch.cuda.device_count()) < processes:
+        raise InputError(f"--nproc {processes} and this machine's GPUs are {gpus}; set --nproc {gpus}")
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     env = {"OMP_NUM_THREADS": threads, **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
@@ -336,8 +339,8 @@ def train(
         flags = [f for f, on in (("--dry-run", dry_run), ("--force", force), ("--json", as_json)) if on]
         places = [a for flag, path in (("--run", run), ("--config", config)) if path for a in (flag, path)]
         raise typer.Exit(launch(nproc, ["train", *(overrides or []), *places, *flags]))
-    from qlora_nb.config import start_run
-    from qlora_nb.plan import choose, guard, is_first, leave_together, main_first, plan, predicted
+    from qlora_nb.config import is_first, reopen, start_run
+    from qlora_nb.plan import choose, guard, leave_together, main_first, plan, predicted, wait_for_all
     from qlora_nb.train import fit, make_data
     settings = _composed(overrides, config)
     say = print if is_first() and not as_json else (lambda *_: None)
@@ -352,7 +355,10 @@ def train(
         if is_first() and not folder.trained and not dry_run: guard(folder, settings, b, force, say)
     say(f"run {folder.path}: {report.counts['train']:,} rows to train, {report.counts['eval']:,} held out; "
         f"predicted peak {b.peak_bytes / 1e9:.2f} GB")
-    if dry_run: return is_first() and _show_plan(folder, settings, b, as_json)
+    if dry_run:
+        wait_for_all()
+        if is_first(): _show_plan(folder, settings, b, as_json); reopen(folder)
+        return
     with leaves_on_interrupt(): summary = fit(folder, settings, quiet=as_json)
     if as_json and is_first(): print(json.dumps(summary, indent=2))
     leave_together()
@@ -365,7 +371,7 @@ def _show_plan(folder, settings, b, as_json) -> None:
     from qlora_nb.model import load_tokenizer
     from qlora_nb.prepare import load_rows
     encoder = Encoder(Contract.load(folder.contract_file), load_tokenizer(settings.model.path, settings.model.revision))
-    first = [encoder.encode(messages_of(r)) for r in load_rows(folder.data, "train")[:3]]
+    first = [encoder.encode(messages_of(r)) for r in load_rows(folder.data, "train", 3)]
     chosen = read_json(folder.budget_file)["chosen"]
     if as_json:
         rows = [dict(input_ids=e.input_ids, labels=e.labels) for e in first]

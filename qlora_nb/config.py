@@ -7,10 +7,10 @@ __all__ = ['ASSETS', 'CONF', 'GROUPS', 'RECORDED', 'PACKAGES', 'UNFINISHED', 'wh
            'read_json', 'write_jsonl', 'read_jsonl', 'RunFailed', 'Section', 'ModelSection', 'Source', 'DataSection',
            'EvalSection', 'GpuSection', 'LoraSection', 'TrainSection', 'RunConfig', 'flatten', 'known_keys', 'explain',
            'validated', 'choices', 'parse_override', 'has_cuda', 'compose', 'versions', 'sha256', 'Run', 'start_run',
-           'open_run', 'load_secrets']
+           'open_run', 'reopen', 'processes', 'is_first', 'load_secrets']
 
 # %% ../nbs/05_config.ipynb #050003
-import contextlib, difflib, hashlib, importlib.metadata, json, os, platform, shutil
+import contextlib, difflib, hashlib, importlib.metadata, itertools, json, os, platform, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,9 +79,9 @@ def write_jsonl(path: Path, rows) -> None:
     with whole_file(path) as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
 
 
-def read_jsonl(path: Path) -> list:
-    "Read rows written by `write_jsonl`."
-    with open(path, encoding="utf-8") as f: return [json.loads(line) for line in f]
+def read_jsonl(path: Path, most: int | None = None) -> list:
+    "Read rows written by `write_jsonl`, or the first so many."
+    with open(path, encoding="utf-8") as f: return [json.loads(line) for line in itertools.islice(f, most)]
 
 # %% ../nbs/05_config.ipynb #050016
 class RunFailed(RuntimeError):
@@ -443,7 +443,23 @@ def open_run(
     if not run.config_file.exists(): raise InputError(f"{path} is not a run folder (no config.yaml); make one with: qlora train --run {path}")
     return run
 
-# %% ../nbs/05_config.ipynb #050049
+# %% ../nbs/05_config.ipynb #050048
+def reopen(run: Run) -> None:
+    "Let other settings have a run folder, unless something was trained or measured in it."
+    found = {p.name for p in run.path.iterdir() if p.suffix != ".part"}
+    if found <= UNFINISHED | {run.config_file.name}: run.config_file.unlink(missing_ok=True)
+
+# %% ../nbs/05_config.ipynb #050051
+def processes() -> int:
+    "How many processes train together; `accelerate launch` and torchrun say so in the environment."
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    "Whether this process is the one that speaks and writes files."
+    return os.environ.get("RANK", "0") == "0"
+
+# %% ../nbs/05_config.ipynb #050055
 def load_secrets() -> None:
     "Read HF_TOKEN, WANDB_API_KEY and QLORA_API_KEY from `.env` unless the environment has them."
     from dotenv import load_dotenv

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # %% ../nbs/19_generate.ipynb #190004
 from transformers import TrainerCallback
 from .contract import length_batches, messages_of, pad_batch
-from .model import Loaded
+from .model import Loaded, out_of_memory, same_random_state
 from .vram_budget import InputError
 
 # %% ../nbs/19_generate.ipynb #190007
@@ -138,12 +138,12 @@ def answers_now(
     max_new_tokens: int,
 ) -> list:               # of {"question", "reference", "answer", "stopped"}
     "Greedy answers of a model in training, which is left as it was, random state included."
-    import torch
-    training, on = loaded.model.training, loaded.model.device
+    training = loaded.model.training
     loaded.model.eval()
-    with torch.random.fork_rng([on] if on.type == "cuda" else []):
-        said = generate(loaded, [q for q, _ in questions], max_new_tokens, batch_size=len(questions))
-    loaded.model.train(training)
+    try:
+        with same_random_state(loaded.model.device):
+            said = generate(loaded, [q for q, _ in questions], max_new_tokens, batch_size=len(questions))
+    finally: loaded.model.train(training)
     return [dict(question=q[-1]["content"], reference=reference, answer=a.text, stopped=a.stopped)
             for (q, reference), a in zip(questions, said)]
 
@@ -154,10 +154,16 @@ class Answers(TrainerCallback):
         questions: list,      # as `asked` returns them
         max_new_tokens: int,
         record,               # called with the step and what `answers_now` returns
-    ): self.encoder, self.questions, self.max_new_tokens, self.record = encoder, questions, max_new_tokens, record
+        say=print,
+    ):
+        self.encoder, self.questions, self.max_new_tokens = encoder, questions, max_new_tokens
+        self.record, self.say = record, say
 
     def on_evaluate(self, args, state, control, model=None, **kw):
-        import torch
         if not (state.is_world_process_zero and self.questions): return
-        try: self.record(state.global_step, answers_now(Loaded(model, self.encoder), self.questions, self.max_new_tokens))
-        except (MemoryError, torch.OutOfMemoryError): self.questions = []  # training goes on without an audience
+        try: answers = answers_now(Loaded(model, self.encoder), self.questions, self.max_new_tokens)
+        except Exception as e:
+            if not out_of_memory(e): raise
+            self.questions = []
+            self.say("out of memory at the sample answers: training goes on without them")
+        else: self.record(state.global_step, answers)

@@ -678,12 +678,14 @@ def provenance(
 def made_before(
     out: Path,
     origin: dict,          # from `provenance`
+    any_version: bool = False,  # of this package
 ) -> DataReport | None:
     "The report in `out`, if it describes what would be made now and the files are still there."
     files = [out / name for name in WRITTEN]
     if not all((out / name).is_file() for name in OUTPUTS): return None
     tree = read_json(out / "report.json")
-    if tree.get("made_from") != origin or tree.get("rows_sha256") != sha256(*files): return None
+    made_from = tree.get("made_from", {}) | (dict(version=origin["version"]) if any_version else {})
+    if made_from != origin or tree.get("rows_sha256") != sha256(*files): return None
     return DataReport.from_dict(tree | {"reused": True})
 
 # %% ../nbs/14_prepare.ipynb #140068
@@ -767,9 +769,10 @@ def _made(out: Path, name: str) -> Path:
 def load_rows(
     out: Path,   # a folder that `prepare` filled
     side: str,   # `train` or `eval`
+    most: int | None = None,  # only the first so many
 ) -> list:
     "The rows of one side."
-    return read_jsonl(_made(out, f"{side}.jsonl"))
+    return read_jsonl(_made(out, f"{side}.jsonl"), most)
 
 
 def load_samples(

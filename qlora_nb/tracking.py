@@ -15,7 +15,7 @@ import yaml
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from .calibrate import cpu_name
-from .config import Run, RunConfig, read_json, versions, write_json
+from .config import Run, RunConfig, is_first, read_json, versions, write_json
 from .monitor import append_metrics, resume_metrics
 from .vram_budget import InputError
 
@@ -74,9 +74,9 @@ def prepare_wandb(run: Run, say=print) -> None:
     if not installed("wandb"):
         raise InputError("train.report_to names wandb, which is not installed; "
                          "pip install 'qlora_nb[wandb]', or take it out")
+    if not is_first(): return  # of several processes one reports
     os.environ.update(WANDB_DIR=str(run.path.resolve()), WANDB_RUN_ID=wandb_id(run), WANDB_RESUME="allow")
     for name, value in QUIET.items(): os.environ.setdefault(name, value)
-    if os.environ.get("RANK", "0") != "0": return  # only the first process of several reports
     import wandb
     wandb.teardown()  # ends an earlier run of this process; the environment is read but once
     if why := offline_because():

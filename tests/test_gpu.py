@@ -23,6 +23,32 @@ def test_tensors_of_a_real_shape_are_predicted_within_5_percent(tmp_path, kind):
     assert measured["allocated_peak_bytes"] <= measured["reserved_peak_bytes"] < measured["process_peak_bytes"]
 
 
+@pytest.mark.parametrize("kind", ["PagedAdamW32bit", "PagedAdamW8bit"])
+@pytest.mark.parametrize("loaded_on", ["cpu", "cuda"])
+def test_a_loaded_state_pages_again(kind, loaded_on, tmp_path):
+    "As the Trainer loads it in one process and in several: the next step is the same, and in memory that can page."
+    import bitsandbytes as bnb
+    import torch
+    from qlora_nb.checkpoint import page_again
+    torch.manual_seed(0)
+    start, gradients = torch.randn(512, 512), torch.randn(3, 512, 512)
+    def optimizer_of(weight): return getattr(bnb.optim, kind)([weight], lr=1e-2)
+    def step(weight, optimizer, gradient):
+        weight.grad = gradient.cuda()
+        optimizer.step()
+    weight = torch.nn.Parameter(start.cuda())
+    optimizer = optimizer_of(weight)
+    for g in gradients[:2]: step(weight, optimizer, g)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again = torch.nn.Parameter(weight.detach().clone())
+    resumed = optimizer_of(again)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location=loaded_on, weights_only=True))
+    page_again(resumed)
+    assert all(resumed.state[again][name].is_paged for name in ("state1", "state2"))
+    step(weight, optimizer, gradients[2]); step(again, resumed, gradients[2])
+    assert torch.equal(weight, again)
+
+
 def test_a_training_step_moves_the_adapter_and_nothing_else():
     import torch
     from qlora_nb.adapter import add_adapter

@@ -94,7 +94,9 @@ def test_a_run_that_goes_on_ends_in_the_same_adapter(method, rows, tmp_path, mon
     whole = load_file(run.adapter / "adapter_model.safetensors")
     for gone in (run.adapter, run.checkpoints / "checkpoint-4"): shutil.rmtree(gone)
     run.summary_file.unlink()
+    kept = (run.checkpoints / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns
     trained(run.path, rows, settings, monkeypatch)
+    assert (run.checkpoints / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns == kept  # it did not start anew
     again = load_file(run.adapter / "adapter_model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 

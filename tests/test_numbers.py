@@ -16,9 +16,9 @@ EXACT = ["model=tiny", "model.quant=none", "model.compute_dtype=fp32", "data=pyd
          "train.log_steps=1", "train.samples=0"]
 
 
-def train(folder, *settings, options=()):
+def train(folder, *settings, options=(), says="trained 8 steps"):
     done = qlora("train", "--run", folder, *options, *EXACT, *settings)
-    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.returncode == 0 and says in done.stdout, done.stderr + done.stdout
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -52,8 +52,13 @@ def test_two_processes(at_once, tmp_path):
     whole = adapter.read_bytes()
     for gone in (adapter.parent, tmp_path / "run" / "checkpoints" / "checkpoint-8"): shutil.rmtree(gone)
     (tmp_path / "run" / "train.json").unlink()
-    train(tmp_path / "run", "train.micro_batch=4", "train.grad_accum=1", options=("--nproc", "2"))
-    assert adapter.read_bytes() == whole  # from checkpoint-4, in two processes
+    train(tmp_path / "run", "train.micro_batch=4", "train.grad_accum=1", options=("--nproc", "2"), says="checkpoint-4\n")
+    assert adapter.read_bytes() == whole
+
+
+def test_sizes_that_cannot_make_up_the_effective_batch_are_refused(tmp_path):
+    done = qlora("train", "--nproc", "3", "--run", tmp_path / "run", *EXACT)
+    assert done.returncode == 2 and "cannot be made up with 3 processes; set train.effective_batch=6 or 9" in done.stderr
 
 
 def test_bad_input_to_several_processes_is_one_line(tmp_path):

@@ -57,9 +57,10 @@ def test_from_any_checkpoint(tmp_path, order, steps):
     for step in steps:
         again = tmp_path / f"from-{step}"
         shutil.copytree(whole / f"checkpoint-{step}", again / f"checkpoint-{step}")
-        trainer = trainer_for(again, order, dtype)
+        trainer, said = trainer_for(again, order, dtype), []
+        trainer.say = said.append
         train(trainer, resume=True)
-        assert trainer.state.global_step == 15, step
+        assert (said, trainer.state.global_step) == ([f"going on from {again / f'checkpoint-{step}'}"], 15)
         assert weights(again, 15) == weights(whole, 15), step
         optimizers = [(folder / "checkpoint-15" / "optimizer.pt").read_bytes() for folder in (whole, again)]
         assert optimizers[0] == optimizers[1], step
