@@ -233,10 +233,11 @@ def save_adapter(
     tuned,                     # a `peft.PeftModel`
     folder: Path,
     start: Path | None = None, # as given to `add_adapter`
+    weights: dict | None = None,  # of a model that several processes share, gathered
 ) -> None:
     "Write an adapter that works on the untouched base."
     pissa = getattr(tuned.peft_config["default"], "init_lora_weights", None) == "pissa"
-    tuned.save_pretrained(folder, **(dict(path_initial_model_for_weight_conversion=str(start)) if pissa else {}))
+    tuned.save_pretrained(folder, state_dict=weights, **(dict(path_initial_model_for_weight_conversion=str(start)) if pissa else {}))
 
 # %% ../nbs/18_adapter.ipynb #180051
 def optimizer_groups(

@@ -196,12 +196,13 @@ def held_out(
 ):                    # float64 tensor of two: summed nats, answer tokens; None if memory ran out with more than one row at a time
     "Sums over this process's share of the held-out rows."
     rows, totals = trainer.eval_dataset, torch.zeros(2, dtype=torch.float64)
-    batches, turn = length_batches(list(rows["length"]), batch_size), slice(trainer.args.process_index, None, trainer.args.world_size)
+    batches, turns = length_batches(list(rows["length"]), batch_size), trainer.args.world_size
     try:
-        for chosen in batches[turn]:
+        for at in range(trainer.args.process_index, -(-len(batches) // turns) * turns, turns):
+            chosen = batches[min(at, len(batches) - 1)]  # each process runs as often, since FSDP's wait for each other
             batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in chosen]))
             with torch.no_grad(), trainer.compute_loss_context_manager(): scored = trainer.model(**batch, fused_lm_head=True)
-            totals += torch.stack([-scored.log_probs.sum().cpu(), scored.label_mask.sum().cpu()]).double()
+            if at < len(batches): totals += torch.stack([-scored.log_probs.sum().cpu(), scored.label_mask.sum().cpu()]).double()
     except Exception as e:
         if batch_size == 1 or trainer.args.world_size > 1 or not out_of_memory(e): raise
         return None
