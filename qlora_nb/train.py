@@ -224,7 +224,7 @@ def fit(
     "Train to the end, from the beginning or from the last whole checkpoint, and save the best adapter."
     import bitsandbytes, datasets, peft  # noqa: F401 -- before the meter starts: libraries are not the run's memory
     from qlora_nb.checkpoint import disk_failure, of_the_disk
-    from qlora_nb.model import sharded
+    from qlora_nb.model import fetch, sharded
     from qlora_nb.display import display_for
     from qlora_nb.monitor import MemoryMeter
     display = display_for("none" if quiet or not is_first() else "auto")
@@ -235,6 +235,7 @@ def fit(
     start, longest = time.monotonic(), read_json(run.data / "report.json")["tokens"]["max"]
     with main_first():
         if is_first(): plan(run, config, longest)  # a resume finds there what was chosen
+        fetch(config.model.path, config.model.revision)
     config = choose(run, config, longest)
     display.say(in_words(resolved(config)))
     try:

@@ -50,6 +50,19 @@ def test_the_corrected_command_works_in_the_same_folder(folder):
     assert plan["config"]["data"]["path"] == "rows.jsonl" and plan["rows"][0]["labels"][-1] == plan["rows"][0]["input_ids"][-1]
 
 
+def test_a_trained_run_keeps_its_rows(folder):
+    "Another file under the same name is no reason to replace what a run was trained on."
+    command = ["train", "--run", "r", "model=tiny", "data.path=rows.jsonl", "train.max_steps=1", "train.samples=0"]
+    assert qlora(*command, cwd=folder).returncode == 0
+    before = (folder / "r" / "data" / "eval.jsonl").read_bytes()
+    (folder / "rows.jsonl").write_text(GOOD.replace("a thing", "another thing"))
+    done = qlora(*command, cwd=folder)
+    assert done.returncode == 2 and "r is trained on other rows" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (folder / "r" / "data" / "eval.jsonl").read_bytes() == before
+    (folder / "rows.jsonl").write_text(GOOD)
+    assert "is trained already" in qlora(*command, cwd=folder).stdout
+
+
 def test_debug_shows_the_traceback(folder):
     done = qlora("train", "--run", "r", "train.lora.r=0", "--debug", cwd=folder)
     assert done.returncode == 1 and "Traceback" in done.stderr

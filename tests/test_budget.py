@@ -95,7 +95,7 @@ def test_the_budget_needs_the_standard_library_only():
 
 
 def test_what_the_guard_suggests_works_in_the_same_folder(tmp_path):
-    command = ["train", "--run", tmp_path / "run", "model=tiny", "data=pydoc", *SHORT, "train.effective_batch=16", "gpu.vram_gb=0.3"]
+    command = ["train", "--run", tmp_path / "run", "model=tiny", "data=pydoc", *SHORT, "train.effective_batch=16", "train.micro_batch=16", "gpu.vram_gb=0.3"]
     refused = qlora(*command)
     assert refused.returncode == 2 and "these fit: " in refused.stderr, refused.stderr
     suggested = refused.stderr.split("these fit: ")[1].split(";")[0].split()
@@ -111,7 +111,7 @@ def test_an_8_bit_base_has_a_budget_though_no_roofline():
 
 
 def test_training_that_will_not_fit_is_refused_and_can_be_forced(tmp_path):
-    command = ["train", "--run", tmp_path / "run", "model=tiny", "data=pydoc", *SHORT, "gpu.vram_gb=0.15"]
+    command = ["train", "--run", tmp_path / "run", "model=tiny", "data=pydoc", *SHORT, "train.micro_batch=8", "gpu.vram_gb=0.15"]
     refused = qlora(*command)
     assert refused.returncode == 2 and "predicted" in refused.stderr and "--force" in refused.stderr, refused.stderr
     assert "0.15 GB are there" in refused.stderr and not (tmp_path / "run" / "checkpoints").exists()

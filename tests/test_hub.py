@@ -134,6 +134,10 @@ def dry_run(model, env, folder):
     return qlora("train", "--run", "run", f"model={model}", "data.path=rows.jsonl", "--dry-run", "--json", cwd=folder, env=env)
 
 
+def train(env, folder, run):
+    return qlora("train", "--run", run, "model=org/tiny", "data.path=rows.jsonl", "train.max_steps=1", "train.samples=0", cwd=folder, env=env)
+
+
 @pytest.mark.parametrize("model, fix", [("org/gated", "set HF_TOKEN"), ("org/missing", "check the name"),
                                         ("org/huge", "make room or set HF_HOME")])
 def test_refusals_are_one_line(hub, tmp_path, model, fix):
@@ -154,12 +158,14 @@ def test_token_opens_a_gated_model(hub, tmp_path):
 
 def test_interrupted_download_goes_on(hub, tmp_path):
     Hub.cuts, Hub.cut_after = 99, 1_000_000
-    broken = dry_run("org/tiny", hub, tmp_path)
+    assert dry_run("org/tiny", hub, tmp_path).returncode == 0  # which needs no weights, and fetches none
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    broken = train(hub, tmp_path, "run")
     *_, last = broken.stderr.splitlines()  # before it stand the client's own words on its attempts
     assert broken.returncode == 2 and last.startswith("qlora: ") and "run again to go on" in last, broken.stderr
     Hub.cuts = 0
-    assert dry_run("org/tiny", hub, tmp_path).returncode == 0
-    offline = dry_run("org/tiny", {**hub, "HF_HUB_OFFLINE": "1"}, tmp_path)
+    assert train(hub, tmp_path, "run").returncode == 0
+    offline = train({**hub, "HF_HUB_OFFLINE": "1"}, tmp_path, "another")
     assert offline.returncode == 0, offline.stderr
 
 
