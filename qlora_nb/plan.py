@@ -160,21 +160,21 @@ def choose(
 ) -> RunConfig:
     "The configuration with micro_batch and grad_accum filled in: as `plan` wrote it down, or else as it is decided now."
     written = read_json(run.budget_file) if run.budget_file.exists() else {}
-    made, given = written.get("settings_made"), written.get("gave_way")
-    if made and made["processes"] == processes() and (given or made["longest"] == longest or run.checkpoints.exists()):
-        return changed(config, **given or made["settings"])
-    if given: config = changed(config, **at_most(config, given))
+    made, gave_way = written.get("settings_made"), written.get("gave_way")
+    if made and made["processes"] == processes() and (gave_way or made["longest"] == longest or run.checkpoints.exists()):
+        return changed(config, **made["settings"])
+    if gave_way: config = changed(config, **at_most(config, made["settings"]))
     return decide(run, config, longest)
 
 
 def at_most(
     config: RunConfig,
-    given: dict,        # what another number of processes had come down to
+    settings: dict,     # what another number of processes had come down to
 ) -> dict:              # settings of the group `train` that need no more memory and keep the effective batch
     "What gave way, without how it was made up for."
     a_step = config.train.effective_batch // processes()
-    fits = [n for n in range(1, given["micro_batch"] + 1) if a_step % n == 0 or config.train.packing]
-    return given | dict(micro_batch=max(fits), grad_accum=None)
+    fits = [n for n in range(1, settings["micro_batch"] + 1) if a_step % n == 0 or config.train.packing]
+    return settings | dict(micro_batch=max(fits), grad_accum=None)
 
 # %% ../nbs/19_plan.ipynb #190024
 def resolved(
@@ -280,7 +280,7 @@ def give_way(
     lighter = changed(config, **change)
     written, t = read_json(run.budget_file) if run.budget_file.exists() else {}, lighter.train
     longest = written.get("settings_made", {}).get("longest")
-    write_plan(run, lighter, longest, gave_way={k: getattr(t, k) for k in KEPT})
+    write_plan(run, lighter, longest, gave_way=True)
     say(f"out of memory with micro-batch {config.train.micro_batch}: going on with "
         + ", ".join(f"train.{k}={str(v).lower()}" for k, v in change.items())
         + f"; the effective batch stays {t.micro_batch * t.grad_accum * processes()}")
