@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import train_peers
 from qlora_nb.config import has_cuda, read_json, versions, write_json, write_jsonl
 from qlora_nb.vram_budget import InputError
+from vram_matrix import driver, random_model, shape_config, show
 
 RESULT = Path(__file__).parent / "results" / "train.json"
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
@@ -138,7 +139,6 @@ def long_rows(args, folder):
     from qlora_nb.contract import Encoder, make_contract, messages_of
     from qlora_nb.model import load_tokenizer
     from qlora_nb.tiny_base import helpdesk_rows
-    from vram_matrix import random_model, shape_config
     base, tokenizer = folder / "base", load_tokenizer("tiny")
     random_model(shape_config("mistral-7b", args.tiny)).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -397,14 +397,6 @@ def verdict(part):
     return said
 
 
-def show(text):
-    "Markdown, drawn if a person is looking."
-    if not sys.stdout.isatty(): return print(text)
-    from rich.console import Console
-    from rich.markdown import Markdown
-    Console().print(Markdown(text))
-
-
 # ---------------------------------------------------------------- the file
 
 def machine(args):
@@ -414,7 +406,6 @@ def machine(args):
              "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), **versions()}
     if args.device != "cuda": return facts
     import pynvml
-    from vram_matrix import driver
     handle = driver()
     return {"gpu": pynvml.nvmlDeviceGetName(handle), "vram_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
             "driver": pynvml.nvmlSystemGetDriverVersion(), "vram_gb_allowed": args.vram_gb} | facts

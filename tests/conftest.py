@@ -1,4 +1,5 @@
-"What every test here shares: the markers, an environment without network, and the command line as a process."
+"What every test here shares: the markers, an environment without network, the command line as a process, the benchmarks."
+import importlib
 import os
 import subprocess
 import sys
@@ -24,3 +25,9 @@ def qlora(*args, cwd=None, env=None, timeout=300):
     command = [str(Path(sys.executable).with_name("qlora")), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True,
                           stdin=subprocess.DEVNULL, timeout=timeout)
+
+
+def benchmark(name):
+    "A script of benchmarks/ as a module."
+    if (folder := str(ROOT / "benchmarks")) not in sys.path: sys.path.insert(0, folder)
+    return importlib.import_module(name)

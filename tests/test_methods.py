@@ -125,6 +125,8 @@ REFUSED = {
     "makes peft lose their scales": ["train.lora.dora=true", "model.quant=int8"],
     "set train.activation_checkpointing=false": ["train.method=prefix", "train.activation_checkpointing=true"],
     "packed samples would attend to each other": ["train.method=prefix", "train.packing=true"],
+    "model.double_quant=false is about NF4": ["model.double_quant=false", "model.quant=int8"],
+    "has no gradient scaling on a CPU": ["model.compute_dtype=fp16"],
     "moves activations out of a GPU's memory": ["train.activation_offloading=true"],
     "flash_attention_2 cannot run here: it needs an NVIDIA GPU": ["model.attention=flash_attention_2"],
 }

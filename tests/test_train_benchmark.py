@@ -7,21 +7,11 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, benchmark
 from qlora_nb.config import has_cuda
 
 SCRIPT = ROOT / "benchmarks" / "train.py"
-
-
-def load_script():
-    "The benchmark as a module."
-    spec = importlib.util.spec_from_file_location("train_benchmark", SCRIPT)
-    sys.modules["train_benchmark"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = benchmark("train")
 FEW = ["--rows", "32", "--eval-rows", "4", "--rounds", "1"]
 
 

@@ -1,5 +1,4 @@
 "The GPU benchmark, rehearsed on small models: what it measures is whole, is kept, and one failure stops nothing."
-import importlib.util
 import json
 import signal
 import subprocess
@@ -8,23 +7,13 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, benchmark
 from qlora_nb.config import has_cuda
 from qlora_nb.vram_budget import Overhead
 
 SCRIPT = ROOT / "benchmarks" / "vram_matrix.py"
 MIXED = ["--configs", "mistral-7b 2x64;mistral-7b 1x64 offloading;gemma-7b 2x64 no checkpointing;phi-3-mini merge"]
-
-
-def load_script():
-    "The benchmark as a module."
-    spec = importlib.util.spec_from_file_location("vram_matrix", SCRIPT)
-    sys.modules["vram_matrix"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = benchmark("vram_matrix")
 
 
 def matrix(*args, timeout=300):
