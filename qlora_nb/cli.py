@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'RunDir', 'Overrides', 'Json', 'NewRun', 'Force', 'Again', 'ConfigFile', 'Processes', 'options', 'main',
-           'complain', 'quiet', 'leaves_on_interrupt', 'run_folder', 'show_table', 'show_budget', 'other_phases',
-           'judged', 'show_judged', 'judged_json', 'budget', 'data', 'signals_go_to', 'launch', 'train', 'baseline',
-           'evaluate', 'infer', 'chat', 'serve', 'merge', 'notebook_path', 'run_notebook', 'pipeline', 'run_all',
-           'demo']
+           'complain', 'shortened', 'quiet', 'leaves_on_interrupt', 'run_folder', 'show_table', 'show_budget',
+           'other_phases', 'judged', 'show_judged', 'judged_json', 'budget', 'data', 'signals_go_to', 'launch', 'train',
+           'baseline', 'evaluate', 'infer', 'chat', 'serve', 'merge', 'notebook_path', 'run_notebook', 'replacing',
+           'embedded_data', 'pipeline', 'run_all', 'demo']
 
 # %% ../nbs/90_cli.ipynb #900003
 import contextlib, errno, json, math, os, shutil, sys, threading, time
@@ -55,14 +55,19 @@ def complain(
     rank = os.environ.get("RANK", "0")
     if rank != "0" and isinstance(error, InputError): return 2  # the first process says it
     who = "qlora: " if rank == "0" else f"qlora: process {rank}: "
-    line = lambda text: print(who + " ".join(str(text).split()), file=sys.stderr)
+    line = lambda text: print(who + shortened(" ".join(str(text).split())), file=sys.stderr)
     if isinstance(error, InputError): line(error); return 2
     if isinstance(error, RunFailed): line(error); return 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         line("the disk is full; make room and give the same command again, it goes on where it stopped"); return 1
-    if isinstance(error, PermissionError):
-        line(f"no permission to write {error.filename}; choose another folder"); return 2
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        line(f"{error.filename} cannot be written ({error.strerror.lower()}); choose another folder"); return 2
     line(f"{type(error).__name__}: {error}; give the command again with --debug to see where"); return 1
+
+
+def shortened(text: str, most: int = 1000) -> str:
+    "A line that a person can read, though a compiler wrote it."
+    return text if len(text) <= most else f"{text[:most // 2]} … {text[-most // 2:]}"
 
 
 def quiet() -> None:
@@ -78,7 +83,7 @@ def quiet() -> None:
 
 # %% ../nbs/90_cli.ipynb #900011
 @contextlib.contextmanager
-def leaves_on_interrupt(then: str = "the same command goes on from the last checkpoint"):
+def leaves_on_interrupt(then: str = "the same command goes on where this one stopped"):
     "Ctrl-C ends a command with exit code 130 and a word on how to go on."
     from qlora_nb.config import is_first
     try: yield
@@ -347,13 +352,14 @@ def train(
     with main_first():
         folder = start_run(run_folder(settings, run), settings)
         if is_first(): plan(folder, settings)  # refuses what cannot work, before the data are read
-        report = make_data(folder, settings)
+        report = make_data(folder, settings, say)
         longest = report.tokens["max"]
         if is_first(): plan(folder, settings, longest)
         settings = choose(folder, settings, longest)
         b = predicted(settings, longest)
         if is_first() and not folder.trained and not dry_run: guard(folder, settings, b, force, say)
-    say(f"run {folder.path}: {report.counts['train']:,} rows to train, {report.counts['eval']:,} held out; "
+    say(f"run {folder.path}: {report.counts['train']:,} rows to train, {report.counts['eval']:,} held out, "
+        f"{report.counts['rejected']:,} rejected (data: {report.status}, {folder.data / 'report.html'}); "
         f"predicted peak {b.peak_bytes / 1e9:.2f} GB")
     if dry_run:
         wait_for_all()
@@ -509,6 +515,27 @@ def run_notebook(
         raise RuntimeError(f"{e.ename}: {e.evalue} (cell {e.exec_count} of {out})") from None
 
 # %% ../nbs/90_cli.ipynb #900038
+@contextlib.contextmanager
+def replacing(run):
+    "A free folder for a run to be trained anew; the earlier one comes back if the new one is refused, and goes when it is trained."
+    before = run.path.with_name(f"{run.path.name}.before")
+    if before.exists(): shutil.rmtree(run.path)  # an attempt to replace it that did not come to its end
+    else: run.path.rename(before)
+    try: yield
+    except InputError:
+        shutil.rmtree(run.path, ignore_errors=True)
+        before.rename(run.path)
+        raise
+    finally:
+        if run.trained and before.exists(): shutil.rmtree(before)
+
+
+def embedded_data(settings) -> None:
+    "Say it if no data were given."
+    if [s.path for s in settings.data.mix] == ["pydoc"]:
+        print("data: the embedded questions about Python's standard library; your own with data.path=FILE", flush=True)
+
+
 def pipeline(
     folder: Path,            # the run folder
     overrides: list,
@@ -520,9 +547,9 @@ def pipeline(
     "Data, training, evaluation and a few answers, each unless it is done."
     from qlora_nb.config import Run, start_run
     settings, run, start = _composed(overrides, config), Run(Path(folder)), time.monotonic()
-    if again and run.config_file.exists(): shutil.rmtree(run.path)
-    start_run(run.path, settings)
-    with leaves_on_interrupt():
+    anew = replacing(run) if again and run.config_file.exists() else contextlib.nullcontext()
+    with anew, leaves_on_interrupt():
+        start_run(run.path, settings)
         if run.trained: print(f"{run.path} is trained already; give --again to train it anew", flush=True)
         else:
             from qlora_nb.plan import plan
@@ -583,7 +610,9 @@ def run_all(
     """Data, training, evaluation and answers in one go; the same command goes on where it stopped.
 
     Example: qlora run model=mistral-7b data.path=mine.csv"""
-    pipeline(run_folder(_composed(overrides, config), run), overrides or [], config, again=again, force=force)
+    settings = _composed(overrides, config)
+    embedded_data(settings)
+    pipeline(run_folder(settings, run), overrides or [], config, again=again, force=force)
 
 
 @app.command()

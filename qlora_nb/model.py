@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['TOKENIZER', 'WANTED', 'WORDS', 'EXACT', 'device', 'device_name', 'home', 'compute_dtype', 'no_flash', 'attention_for',
            'fetch', 'shape_of', 'tokenizer_in', 'load_tokenizer', 'comes_as', 'check_quant', 'sharded', 'quantisation',
-           'load_base', 'recompute_in', 'keep_autograd', 'out_of_memory', 'same_random_state', 'adapter_dtype',
-           'cast_adapter', 'Loaded', 'load_plain', 'save_tokenizer', 'load_encoder', 'keep_dtype', 'saved_in_fp32',
-           'load_run']
+           'load_base', 'recompute_in', 'keep_autograd', 'out_of_memory', 'same_random_state', 'has_plain_head',
+           'adapter_dtype', 'cast_adapter', 'Loaded', 'load_plain', 'save_tokenizer', 'load_encoder', 'keep_dtype',
+           'saved_in_fp32', 'load_run', 'load_checkpoint', 'load_any']
 
 # %% ../nbs/16_model.ipynb #160003
-import contextlib, os, shutil, sys
+import contextlib, logging, os, shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 # %% ../nbs/16_model.ipynb #160004
-from .config import ASSETS, ModelSection, Run
-from .contract import Contract, Encoder, check_same, check_template, with_contract
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that `keep_autograd` rules out anyway
+
+# %% ../nbs/16_model.ipynb #160005
+from .config import ASSETS, ModelSection, Run, compose, open_run
+from .contract import Contract, Encoder, check_same, check_template, make_contract, with_contract
 from .vram_budget import InputError, ModelShape, load_shape
 
-# %% ../nbs/16_model.ipynb #160007
+# %% ../nbs/16_model.ipynb #160008
 def device() -> str:
     "`cuda`, `mps` or `cpu`: the best this machine has."
     import torch
@@ -37,7 +40,7 @@ def home() -> str:
     "The device of this process: of several GPUs the one that its rank names."
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device() == "cuda" else device()
 
-# %% ../nbs/16_model.ipynb #160008
+# %% ../nbs/16_model.ipynb #160009
 def compute_dtype(
     setting: str = "auto",  # auto, bf16, fp16 or fp32
 ):                          # `torch.dtype`
@@ -49,7 +52,7 @@ def compute_dtype(
     if device() == "mps": return torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
-# %% ../nbs/16_model.ipynb #160011
+# %% ../nbs/16_model.ipynb #160012
 def no_flash(
     capability: tuple | None,  # compute capability of the GPU; None without one
     dtype,                     # `torch.dtype` of the forward pass
@@ -63,7 +66,7 @@ def no_flash(
     if not supported: return "this model's code has no place for it"
     return None if installed else "it is not installed: pip install flash-attn --no-build-isolation"
 
-# %% ../nbs/16_model.ipynb #160014
+# %% ../nbs/16_model.ipynb #160015
 def attention_for(
     setting: str = "auto",     # auto, flash_attention_2, sdpa or eager
     dtype=None,                # `torch.dtype` of the forward pass; None: this machine's
@@ -84,7 +87,7 @@ def attention_for(
     if setting != "auto": return setting
     return "flash_attention_2" if not flash else "sdpa" if sdpa else "eager"
 
-# %% ../nbs/16_model.ipynb #160018
+# %% ../nbs/16_model.ipynb #160019
 TOKENIZER = ("*.json", "*.jinja", "*.model", "tokenizer*")  # what is needed to read and write texts
 WANTED = (*TOKENIZER, "*.safetensors")
 
@@ -107,7 +110,7 @@ def fetch(
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(wanted), local_files_only=True))
     return _download(path, revision, wanted)
 
-# %% ../nbs/16_model.ipynb #160020
+# %% ../nbs/16_model.ipynb #160021
 def _download(path: str, revision: str | None, wanted: tuple) -> Path:
     "Download a model from the Hub after a look at its size; every way to fail is one line."
     import httpx2
@@ -136,7 +139,7 @@ def _download(path: str, revision: str | None, wanted: tuple) -> Path:
         raise InputError(f"{path} could not be fetched from {constants.ENDPOINT} ({type(e).__name__}); run again to go on "
                          f"where it stopped, or {elsewhere}") from None
 
-# %% ../nbs/16_model.ipynb #160023
+# %% ../nbs/16_model.ipynb #160024
 def shape_of(
     path: str,                     # a catalogue name, a folder or a Hub id
     revision: str | None = None,
@@ -146,7 +149,7 @@ def shape_of(
     try: return load_shape(path)  # the catalogue knows some Hub ids
     except InputError: return load_shape(str(fetch(path, revision, ("config.json",))))
 
-# %% ../nbs/16_model.ipynb #160026
+# %% ../nbs/16_model.ipynb #160027
 def tokenizer_in(
     folder: Path,  # that holds tokenizer.json
 ):                 # a fast transformers tokenizer
@@ -165,7 +168,7 @@ def load_tokenizer(
     "The tokenizer of a model, without its weights."
     return tokenizer_in(fetch(path, revision, TOKENIZER))
 
-# %% ../nbs/16_model.ipynb #160028
+# %% ../nbs/16_model.ipynb #160029
 def comes_as(
     config,        # of transformers, from a model's config.json
 ) -> str | None:   # `nf4`, `int8` or another method's name; None: not quantised
@@ -188,7 +191,7 @@ def check_quant(
     raise InputError(f"{path} comes quantised by {own}; bases in NF4, int8 and 16 bits are trained here, "
                      "so give the model it was made from")
 
-# %% ../nbs/16_model.ipynb #160031
+# %% ../nbs/16_model.ipynb #160032
 def sharded() -> bool:
     "Whether FSDP will share the weights out among processes: it moves 16-bit numbers only, and places them itself."
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -207,7 +210,7 @@ def quantisation(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype, **(dict(bnb_4bit_quant_storage=dtype) if sharded() else {})))
 
-# %% ../nbs/16_model.ipynb #160033
+# %% ../nbs/16_model.ipynb #160034
 def load_base(
     path: str,                       # `tiny`, a folder or a Hub id
     revision: str | None = None,
@@ -220,9 +223,8 @@ def load_base(
     "A base model, frozen as it comes."
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging
-    if not sys.stderr.isatty(): logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that `keep_autograd` rules out anyway
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     folder, dtype = fetch(path, revision), compute_dtype(compute)
     try: config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError) as e:
@@ -242,7 +244,7 @@ def load_base(
     keep_autograd(model)
     return model.eval()
 
-# %% ../nbs/16_model.ipynb #160035
+# %% ../nbs/16_model.ipynb #160036
 def recompute_in(
     model,  # loaded from quantised files
     dtype,  # `torch.dtype` of the forward pass
@@ -254,7 +256,7 @@ def recompute_in(
         packed = getattr(p, "quant_state", None) is not None  # four bits each, whatever type holds them
         if p.is_floating_point() and not packed: p.data = p.data.to(dtype)
 
-# %% ../nbs/16_model.ipynb #160037
+# %% ../nbs/16_model.ipynb #160038
 def keep_autograd(
     model,  # any model, with or without 4-bit layers
 ) -> None:
@@ -263,7 +265,7 @@ def keep_autograd(
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit): module.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/16_model.ipynb #160047
+# %% ../nbs/16_model.ipynb #160048
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory",
          "could not create a primitive", "could not create a memory", "can't start new thread")  # the last three: on a CPU
 
@@ -274,7 +276,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in WORDS))
 
-# %% ../nbs/16_model.ipynb #160050
+# %% ../nbs/16_model.ipynb #160051
 @contextlib.contextmanager
 def same_random_state(
     on,  # `torch.device`
@@ -288,6 +290,13 @@ def same_random_state(
             if mps is not None: torch.mps.set_rng_state(mps)
 
 # %% ../nbs/16_model.ipynb #160054
+def has_plain_head(model) -> bool:
+    "Whether the head is a plain linear layer: no soft cap and no factor on its scores."
+    text = model.config.get_text_config()
+    return not any(getattr(text, name, None) for name in (
+        "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"))
+
+# %% ../nbs/16_model.ipynb #160059
 def adapter_dtype(compute):
     "The precision in which LoRA's matrices are trained, given the forward pass's."
     import torch
@@ -309,7 +318,7 @@ def cast_adapter(
         if any(part in name for part in EXACT): p.data = p.data.float()
         elif "lora_" in name: p.data = p.data.to(dtype)
 
-# %% ../nbs/16_model.ipynb #160059
+# %% ../nbs/16_model.ipynb #160064
 @dataclass
 class Loaded:
     "A model ready to answer, with the encoder of its contract."
@@ -332,7 +341,7 @@ def load_plain(
     return Loaded(load_base(model.path, model.revision, model.quant, model.double_quant, model.compute_dtype,
                             attention=model.attention), encoder)
 
-# %% ../nbs/16_model.ipynb #160062
+# %% ../nbs/16_model.ipynb #160067
 def save_tokenizer(
     encoder: Encoder,
     folder: Path,      # of an adapter or a merged model
@@ -358,7 +367,7 @@ def load_encoder(
     check_template(own, tokenizer, Path(folder).name)
     return Encoder(own, tokenizer)
 
-# %% ../nbs/16_model.ipynb #160066
+# %% ../nbs/16_model.ipynb #160071
 def keep_dtype(
     tuned,  # a `peft.PeftModel`
 ) -> None:
@@ -383,7 +392,7 @@ def load_run(
     "The tuned model of a run: its adapter on its base, held as in training."
     from peft import PeftModel
     if not run.contract_file.exists() or not (run.adapter / "adapter_config.json").exists():
-        raise InputError(f"{run.path} has no trained adapter yet; finish it with: qlora train --run {run.path}")
+        raise InputError(f"{run.path} has no trained adapter yet; finish it with: qlora train --run {run.path} --config {run.config_file}")
     contract = Contract.load(run.contract_file)
     encoder = load_encoder(run.adapter, contract)
     attention = run.config.model.attention
@@ -394,3 +403,32 @@ def load_run(
     keep_dtype(model)
     if not saved_in_fp32(run.adapter): cast_adapter(model)
     return Loaded(model.eval(), encoder)
+
+# %% ../nbs/16_model.ipynb #160077
+def load_checkpoint(folder: Path) -> Loaded:
+    "A run's model as it was at a checkpoint."
+    from peft import PeftModel
+    run = open_run(folder.parent.parent)
+    contract = Contract.load(run.contract_file)
+    if run.config.train.lora.init == "pissa":
+        raise InputError(f"{folder} belongs to a base that PiSSA changed; give the run itself, {run.path}")
+    base = load_plain(run.config.model, contract)
+    model = PeftModel.from_pretrained(base.model, folder)
+    keep_dtype(model)
+    return Loaded(model.eval(), base.encoder)
+
+
+def load_any(
+    path: str,  # a run, a checkpoint, a merged folder, a Hugging Face folder or a Hub id
+) -> Loaded:
+    "A model by its path, whatever made it."
+    folder = Path(path).expanduser()
+    if (folder / "config.yaml").exists(): return load_run(open_run(folder))
+    if (folder / "adapter_config.json").exists() and folder.parent.name == "checkpoints": return load_checkpoint(folder)
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{path} is an adapter without its run; give the run's folder, or merge it first")
+    if (folder / "contract.json").exists():
+        encoder = load_encoder(folder)
+        return Loaded(load_base(str(folder), quant="none", compute=encoder.contract.compute_dtype), encoder)
+    config = compose([f"model={path}"])
+    return load_plain(config.model, make_contract(load_tokenizer(config.model.path, config.model.revision), config))

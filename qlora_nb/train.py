@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_START', 'LONG_ENOUGH', 'make_data', 'check_ends', 'training_samples', 'trainer_arguments', 'first_batches',
-           'make_trainer', 'watch', 'train_through', 'without_known_warnings', 'fit', 'compare_memory', 'summarise',
-           'finish']
+           'make_trainer', 'watch', 'train_through', 'alone', 'without_known_warnings', 'fit', 'compare_memory',
+           'summarise', 'finish']
 
 # %% ../nbs/20_train.ipynb #200004
 import contextlib, tempfile, time, warnings
@@ -26,7 +26,8 @@ from .vram_budget import InputError
 def make_data(
     run: Run,
     config: RunConfig,
-):  # `DataReport`
+    say=None,  # told what each source was taken for
+):             # `DataReport`
     "Write contract.json and data/, or find them there."
     from qlora_nb.model import load_tokenizer
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
@@ -35,7 +36,7 @@ def make_data(
         raise InputError(f"{run.contract_file} was made with another {', '.join(differing(old, contract))}; choose another folder with --run")
     begun = run.trained or run.checkpoints.exists()
     report = (made_before(run.data, provenance(config.data, contract), any_version=True) if begun
-              else prepare(config.data, contract, tokenizer, run.data))
+              else prepare(config.data, contract, tokenizer, run.data, say))
     if report is None:
         raise InputError(f"{run.path} is trained on other rows: {run.data}, or the files it was made from, have changed since; "
                          "bring them back, or choose another folder with --run")
@@ -191,6 +192,7 @@ def train_through(
         trainer = None
         try:
             trainer = make_trainer(run, config, meter, display)
+            if run.metrics_file.exists() and not run.checkpoints.exists(): display.say("no checkpoint was saved before: starting from step 1")
             trainer.train(resume_from_checkpoint=True)
             trainer.tracking.close()
             return trainer, config
@@ -207,6 +209,20 @@ def train_through(
         config = lighter
 
 # %% ../nbs/20_train.ipynb #200032
+@contextlib.contextmanager
+def alone(run: Run):
+    "Refuse to train in a folder in which another process does; the lock goes with its process, however that ends."
+    if not is_first(): yield; return
+    from filelock import FileLock, Timeout
+    lock = FileLock(run.path / "training.lock")
+    try: lock.acquire(timeout=0)
+    except Timeout: raise InputError(f"another process is training in {run.path}; wait for it, or choose another folder with --run") from None
+    try: yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def without_known_warnings():
     "Hold back what the libraries warn of in every run."
@@ -239,7 +255,7 @@ def fit(
     config = choose(run, config, longest)
     display.say(in_words(resolved(config)))
     try:
-        with MemoryMeter() as meter, without_known_warnings(): trainer, config = train_through(run, config, meter, display)
+        with alone(run), MemoryMeter() as meter, without_known_warnings(): trainer, config = train_through(run, config, meter, display)
     finally: display.close()
     if trainer.stopped: raise KeyboardInterrupt
     summary = summarise(run, config, trainer, meter, time.monotonic() - start)

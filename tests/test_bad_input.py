@@ -63,6 +63,27 @@ def test_a_trained_run_keeps_its_rows(folder):
     assert "is trained already" in qlora(*command, cwd=folder).stdout
 
 
+def test_a_refusal_loses_no_earlier_run(folder):
+    "`--again` takes the earlier run away only when the new one is trained."
+    command = ["run", "--run", "r", "model=tiny", "train.max_steps=1", "train.samples=0", "eval.rows=1", "eval.max_new_tokens=4"]
+    assert qlora(*command, "data.path=rows.jsonl", cwd=folder).returncode == 0
+    before = (folder / "r" / "final_adapter" / "adapter_model.safetensors").read_bytes()
+    refused = qlora(*command, "data.path=rwos.jsonl", "--again", cwd=folder)
+    assert refused.returncode == 2 and "did you mean rows.jsonl?" in refused.stderr
+    assert (folder / "r" / "final_adapter" / "adapter_model.safetensors").read_bytes() == before and not (folder / "r.before").exists()
+    assert qlora(*command, "data.path=rows.jsonl", "train.lr=1e-3", "--again", cwd=folder).returncode == 0
+    assert (folder / "r" / "final_adapter" / "adapter_model.safetensors").read_bytes() != before and not (folder / "r.before").exists()
+
+
+def test_two_trainings_do_not_share_a_folder(folder):
+    from filelock import FileLock
+    (folder / "r").mkdir()
+    command = ["train", "--run", "r", "model=tiny", "data.path=rows.jsonl", "train.max_steps=1", "train.samples=0"]
+    with FileLock(folder / "r" / "training.lock"): refused = qlora(*command, cwd=folder)
+    assert refused.returncode == 2 and "another process is training in r" in refused.stderr
+    assert qlora(*command, cwd=folder).returncode == 0
+
+
 def test_debug_shows_the_traceback(folder):
     done = qlora("train", "--run", "r", "train.lora.r=0", "--debug", cwd=folder)
     assert done.returncode == 1 and "Traceback" in done.stderr

@@ -16,7 +16,7 @@ from qlora_nb.vram_budget import InputError
 from safetensors.torch import load_file
 
 STEPS = ["model=tiny", "data.max_length=64", "train.max_steps=3", "train.eval_steps=3", "train.save_steps=3", "train.log_steps=1",
-         "train.effective_batch=8", "train.lr=1e-3", "train.lora.r=8", "train.samples=0"]
+         "train.effective_batch=8", "train.lr=1e-3", "train.lora.r=8", "train.samples=1", "train.sample_tokens=4"]
 LORA, NONE = ["train.lora.dropout=0.1"], ["model.quant=none", "model.compute_dtype=fp32"]
 OTHER = ["train.lora.r=16", "train.lr=1e-2"]
 METHODS = {

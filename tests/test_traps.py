@@ -3,12 +3,14 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from qlora_nb.config import compose, start_run
 from qlora_nb.contract import IGNORED, Contract
 from qlora_nb.display import display_for
 from qlora_nb.monitor import MemoryMeter
 from qlora_nb.plan import choose, plan
-from qlora_nb.train import make_data, make_trainer
+from qlora_nb.train import check_ends, make_data, make_trainer
+from qlora_nb.vram_budget import InputError
 
 LONG = "It is a very long answer. " * 40
 
@@ -38,6 +40,13 @@ def test_every_trained_row_ends_in_a_trained_eos(trainer):
             assert len(ids[ids != contract.pad_token_id]) <= 64
             seen.add(tuple(ids[ids != contract.pad_token_id].tolist()))
     assert len(seen) == report.counts["kept"]
+
+
+@pytest.mark.parametrize("labels, most", [([[1, 2], [3, 4]], 9), ([[1, 2], [3, 2, 2]], 2), ([[2], []], 9)])
+def test_a_row_without_its_eos_or_too_long_is_refused(labels, most):
+    with pytest.raises(InputError, match="row 7 of eval.jsonl does not end in a trained EOS"):
+        check_ends(Dataset.from_dict({"labels": labels, "row": [6, 7]}), 2, most, "eval")
+    check_ends(Dataset.from_dict({"labels": [[1, 2], [2]], "row": [6, 7]}), 2, 2, "eval")
 
 
 def gradients(trainer, batch):
