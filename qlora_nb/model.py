@@ -395,7 +395,7 @@ def load_run(
         raise InputError(f"{run.path} has no trained adapter yet; finish it with: qlora train --run {run.path} --config {run.config_file}")
     contract = Contract.load(run.contract_file)
     encoder = load_encoder(run.adapter, contract)
-    attention = run.config.model.attention
+    attention = run.config.model.attention if run.config_file.exists() else "auto"
     if attention == "flash_attention_2" and device() != "cuda": attention = "auto"  # trained elsewhere
     base = load_base(contract.model, contract.revision, contract.quant, contract.double_quant, contract.compute_dtype,
                      attention=attention)

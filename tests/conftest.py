@@ -1,6 +1,7 @@
 "What every test here shares: the markers, an environment without network, the command line as a process, the benchmarks."
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -8,6 +9,9 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg",
                   QLORA_CACHE=tempfile.mkdtemp(prefix="qlora-cache-"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; tests send it to what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["train.max_steps=8", "train.eval_steps=4", "train.save_steps=4", "train.log_steps=2", "train.effective_batch=8",
